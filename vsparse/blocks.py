@@ -1,0 +1,169 @@
+"""BlockMap: which key blocks every query block attends to. The only value that passes from policy to kernel."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+
+import torch
+from torch import Tensor
+
+from vsparse.layouts import Blocking
+
+__all__ = ["BlockMap", "Transposed"]
+
+
+@dc.dataclass(frozen=True, eq=False)
+class Transposed:
+    """Key-major lists in CSR form: the query blocks that attend to key block j are ``row[..., offset[j]:offset[j+1]]``.
+
+    Args:
+        offset: ``[B|1, H|1, K + 1]`` int32.
+        row: ``[B|1, H|1, Q * K]`` int32, ascending within a key block; entries past ``offset[K]`` are Q.
+    """
+
+    offset: Tensor
+    row: Tensor
+
+
+@dc.dataclass(frozen=True, eq=False)
+class BlockMap:
+    """The kept key blocks of every query block.
+
+    Args:
+        index: ``[B|1, H|1, Q, M]`` int32; the first ``count`` entries of a row are kept key blocks, ascending and
+            free of duplicates. Entries past ``count`` are never read.
+        count: ``[B|1, H|1, Q]`` int32. A row with ``count == K`` is full and needs no list; 0 is an empty row, whose
+            output is 0 and whose LSE is -inf.
+        q, k: Blockings of the query and the key sequence.
+        key_bias: ``[B|1, H|1, K]`` float, added to the natural-log logits of every key of a block; not differentiated.
+    """
+
+    index: Tensor
+    count: Tensor
+    q: Blocking
+    k: Blocking
+    key_bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.index.ndim != 4 or self.index.dtype != torch.int32:
+            raise ValueError(f"index must be int32 [B|1, H|1, Q, M], got {self.index.dtype} {tuple(self.index.shape)}")
+        if self.count.dtype != torch.int32 or self.count.shape != self.index.shape[:3]:
+            raise ValueError(
+                f"count must be int32 {tuple(self.index.shape[:3])}, got {self.count.dtype} {tuple(self.count.shape)}"
+            )
+        if self.index.shape[2] != self.q.blocks:
+            raise ValueError(f"index has {self.index.shape[2]} rows, but the query blocking has {self.q.blocks} blocks")
+        if self.key_bias is not None and self.key_bias.shape[-1] != self.k.blocks:
+            raise ValueError(f"key_bias must be [B|1, H|1, K={self.k.blocks}], got {tuple(self.key_bias.shape)}")
+
+    @property
+    def capacity(self) -> int:
+        """M: list entries per row."""
+        return self.index.shape[-1]
+
+    @classmethod
+    def from_mask(cls, keep: Tensor, q: Blocking, k: Blocking | None = None, *, capacity: int | None = None) -> BlockMap:
+        """Lists from a dense mask.
+
+        Args:
+            keep: ``[B|1, H|1, Q, K]`` bool.
+            q: Blocking of the queries. k: blocking of the keys; None: the same as ``q``.
+            capacity: M. The caller vouches that no row other than a full one keeps more; None: K.
+        """
+        k = q if k is None else k
+        if keep.ndim != 4 or keep.dtype != torch.bool or keep.shape[2:] != (q.blocks, k.blocks):
+            raise ValueError(
+                f"keep must be bool [B|1, H|1, Q={q.blocks}, K={k.blocks}], got {keep.dtype} {tuple(keep.shape)}"
+            )
+        capacity = k.blocks if capacity is None else min(capacity, k.blocks)
+        place = torch.where(keep, torch.arange(k.blocks, device=keep.device, dtype=torch.int32), k.blocks)
+        index = place.sort(-1).values[..., :capacity].clamp_max(k.blocks - 1).contiguous()
+        return cls(index, keep.sum(-1, dtype=torch.int32), q, k)
+
+    @classmethod
+    def full(cls, q: Blocking, k: Blocking | None = None) -> BlockMap:
+        """Every query block attends to every key block; no lists (M = 0)."""
+        k = q if k is None else k
+        count = torch.full((1, 1, q.blocks), k.blocks, dtype=torch.int32, device=q.length.device)
+        return cls(count.new_zeros(1, 1, q.blocks, 0), count, q, k)
+
+    @classmethod
+    def from_bits(cls, bits: Tensor, q: Blocking, k: Blocking | None = None, *, capacity: int | None = None) -> BlockMap:
+        """Inverse of `to_bits`: ``[B|1, H|1, Q, ceil(K / 8)]`` uint8, bit ``j % 8`` of byte ``j // 8`` is block j."""
+        k = q if k is None else k
+        shift = torch.arange(8, device=bits.device, dtype=torch.uint8)
+        keep = ((bits[..., None] >> shift) & 1).flatten(-2)[..., : k.blocks].bool()
+        return cls.from_mask(keep, q, k, capacity=capacity)
+
+    def to_mask(self) -> Tensor:
+        """``[B|1, H|1, Q, K]`` bool, the dense form."""
+        blocks = self.k.blocks
+        keep = torch.zeros(*self.count.shape, blocks + 1, dtype=torch.bool, device=self.count.device)
+        used = torch.arange(self.capacity, device=self.count.device) < self.count[..., None]
+        keep = keep.scatter(-1, torch.where(used, self.index, blocks).long(), True)[..., :blocks]
+        return keep | (self.count == blocks)[..., None]
+
+    def to_bits(self) -> Tensor:
+        """``[B|1, H|1, Q, ceil(K / 8)]`` uint8, one bit per block pair."""
+        keep = torch.nn.functional.pad(self.to_mask(), (0, -self.k.blocks % 8))
+        weight = 2 ** torch.arange(8, device=keep.device, dtype=torch.int32)
+        return (keep.unflatten(-1, (-1, 8)) * weight).sum(-1, dtype=torch.int32).to(torch.uint8)
+
+    def transpose(self) -> Transposed:
+        """Key-major lists, deterministic, without a device sync."""
+        keep = self.to_mask().transpose(-1, -2)
+        rows = keep.shape[-1]
+        hits = keep.sum(-1, dtype=torch.int32)
+        offset = torch.nn.functional.pad(hits.cumsum(-1, dtype=torch.int32), (1, 0))
+        rank = keep.flatten(-2).cumsum(-1) - 1
+        place = torch.where(keep.flatten(-2), rank, rank.shape[-1])
+        row = torch.full((*place.shape[:2], place.shape[-1] + 1), rows, dtype=torch.int32, device=keep.device)
+        query = torch.arange(rows, device=keep.device, dtype=torch.int32).expand_as(keep).flatten(-2)
+        return Transposed(offset, row.scatter(-1, place, query)[..., :-1])
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Computed and possible query-key token pairs, each ``[B|1, H|1]`` float64; padding counts for nothing."""
+        q, k = self.q.length.double(), self.k.length.double()
+        blocks = self.k.blocks
+        used = torch.arange(self.capacity, device=self.count.device) < self.count[..., None]
+        lengths = k[:, :, None].expand(-1, -1, self.q.blocks, -1)
+        shape = torch.broadcast_shapes(self.index.shape[:3], lengths.shape[:3])
+        listed = lengths.expand(*shape, blocks).gather(-1, self.index.expand(*shape, self.capacity).long())
+        kept = torch.where(self.count == blocks, lengths.sum(-1), torch.where(used, listed, 0).sum(-1))
+        return (q * kept).sum(-1), q.sum(-1) * k.sum(-1)
+
+    def density(self) -> Tensor:
+        """Executed density, ``[B|1, H|1]`` float64: computed token pairs / all valid token pairs."""
+        computed, possible = self.pairs()
+        return computed / possible
+
+    def union(self, other: BlockMap) -> BlockMap:
+        """Block pairs that either map keeps. Both must have the same blockings."""
+        if (self.q.blocks, self.k.blocks) != (other.q.blocks, other.k.blocks):
+            raise ValueError(
+                f"union: maps of {self.q.blocks}x{self.k.blocks} and {other.q.blocks}x{other.k.blocks} blocks"
+            )
+        if self.key_bias is not None or other.key_bias is not None:
+            raise NotImplementedError("union of maps with key_bias: the bias of a shared block would be ambiguous")
+        return BlockMap.from_mask(self.to_mask() | other.to_mask(), self.q, self.k)
+
+    def validate(self) -> BlockMap:
+        """Deep check of the lists; reads them on the host, so call it in tests and tools, never in a loop.
+
+        Raises:
+            ValueError: a count out of range, a list that is not ascending or holds an index out of range, a length
+                that exceeds its block.
+        """
+        count, blocks = self.count, self.k.blocks
+        listed = (count <= self.capacity) | (count == blocks)
+        if bool((count < 0).any()) or not bool(listed.all()):
+            raise ValueError(f"count must lie in [0, M={self.capacity}] or equal K={blocks}, got up to {int(count.max())}")
+        used = (torch.arange(self.capacity, device=count.device) < count[..., None]) & (count < blocks)[..., None]
+        if bool((used & ((self.index < 0) | (self.index >= blocks))).any()):
+            raise ValueError(f"index holds key blocks outside [0, K={blocks})")
+        if bool((used[..., 1:] & (self.index[..., 1:] <= self.index[..., :-1])).any()):
+            raise ValueError("index must be ascending and free of duplicates within a row")
+        for name, side in (("q", self.q), ("k", self.k)):
+            if bool((side.length < 0).any()) or bool((side.length > side.block).any()):
+                raise ValueError(f"{name}.length must lie in [0, block={side.block}]")
+        return self

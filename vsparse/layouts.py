@@ -1,0 +1,363 @@
+"""Orders and blockings: where each token sits while attention works on blocks, and how it gets back."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import functools
+import itertools
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from vsparse.geometry import Grid, Segment
+
+__all__ = ["Blocking", "Layout", "RasterLayout", "TileLayout"]
+
+
+@dc.dataclass(frozen=True, eq=False, kw_only=True)
+class Blocking:
+    """What an op needs besides q, k and v: the length (and start) of every block of one sequence.
+
+    Args:
+        length: ``[B|1, H|1, K]`` int32, valid tokens of each block; they are the first ``length`` slots of the block.
+        block: Slots of a block (its capacity).
+        start: ``[B|1, H|1, K]`` int32, first slot of each block, or None when block ``i`` starts at ``i * block``.
+        layout: The layout that was bound; needed by ``pack``, ``unpack`` and ``expand`` only.
+        valid: ``[B|1, H|1, S]`` bool, slots that hold a valid token, or None when every slot does.
+    """
+
+    length: Tensor
+    block: int
+    start: Tensor | None = None
+    layout: Layout | None = None
+    valid: Tensor | None = None
+
+    @property
+    def blocks(self) -> int:
+        """K: number of blocks."""
+        return self.length.shape[-1]
+
+    @property
+    def segment(self) -> Tensor:
+        """``[K]`` int32, the `Segment` of each block."""
+        return self._bound().segment
+
+    @property
+    def text(self) -> Tensor | None:
+        """``[K]`` bool, blocks that hold text, or None when the sequence has no text."""
+        layout = self._bound()
+        return layout.segment == int(Segment.TEXT) if layout.grid.text else None
+
+    def _bound(self) -> Layout:
+        if self.layout is None:
+            raise ValueError("this Blocking carries no layout: make it with Layout.bind(...)")
+        return self.layout
+
+    def pack(self, x: Tensor) -> Tensor:
+        """``[B, N, H, D]`` in host order -> ``[B, S, H, D]`` in block order; padding and invalid text become zero."""
+        layout = self._bound()
+        if x.ndim != 4 or x.shape[1] != layout.tokens:
+            raise ValueError(f"pack: x must be [B, N={layout.tokens}, H, D] for {layout.grid}, got {tuple(x.shape)}")
+        y = x if layout.identity else _take(x, layout.slot_source)
+        return y if self.valid is None else torch.where(self.valid.transpose(1, 2).unsqueeze(-1), y, 0)
+
+    def unpack(self, y: Tensor) -> Tensor:
+        """``[B, S, H, D]`` in block order -> ``[B, N, H, D]`` in host order."""
+        layout = self._bound()
+        if y.ndim != 4 or y.shape[1] != layout.slots:
+            raise ValueError(f"unpack: y must be [B, S={layout.slots}, H, D], got {tuple(y.shape)}")
+        return y if layout.identity else _take(y, layout.token_slot)
+
+    def expand(self, pooled: Tensor) -> Tensor:
+        """``[B, K, H, D]`` -> ``[B, N, H, D]`` in host order: every token receives the value of its block."""
+        if pooled.ndim != 4 or pooled.shape[1] != self.blocks:
+            raise ValueError(f"expand: pooled must be [B, K={self.blocks}, H, D], got {tuple(pooled.shape)}")
+        layout = self._bound()
+        per_tile = layout.blocks // self.blocks
+        return _take(pooled, layout.token_block // per_tile if per_tile > 1 else layout.token_block)
+
+    def tiles(self) -> Blocking:
+        """The same slots with one block per tile; equal to this blocking when a tile is one block."""
+        layout = self._bound()
+        per_tile = layout.blocks_per_tile
+        if per_tile == 1:
+            return self
+        length = self.length.unflatten(-1, (-1, per_tile)).sum(-1, dtype=torch.int32)
+        tiled = layout.tiled()
+        return Blocking(length=length, block=self.block * per_tile, layout=tiled, valid=self.valid)
+
+
+@dc.dataclass(frozen=True, eq=False, kw_only=True)
+class Layout:
+    """A static order (permutation of tokens) and blocking (lengths and segments of blocks), built outside any trace.
+
+    Args:
+        grid: The lattice.
+        key: Ints and strings that determine every tensor here; equal keys mean equal layouts.
+        block: Slots of a block.
+        slot_token: ``[B|1, H|1, S]`` int64, the token of each slot, -1 for padding.
+        token_slot: ``[B|1, H|1, N]`` int64, the slot of each token.
+        length: ``[B|1, H|1, K]`` int32, tokens of each block before per-sample text lengths enter.
+        segment: ``[K]`` int32, the `Segment` of each block.
+        text_offset: ``[K]`` int32, tokens of text before this block (0 for blocks that hold none).
+        start: ``[B|1, H|1, K]`` int32 or None for the padded grid.
+        blocks_per_tile: Consecutive blocks that together hold one tile.
+    """
+
+    grid: Grid
+    key: tuple[object, ...]
+    block: int
+    slot_token: Tensor
+    token_slot: Tensor
+    length: Tensor
+    segment: Tensor
+    text_offset: Tensor
+    start: Tensor | None = None
+    blocks_per_tile: int = 1
+    identity: bool = dc.field(init=False)
+    padded: bool = dc.field(init=False)
+    slot_source: Tensor = dc.field(init=False)
+    token_block: Tensor = dc.field(init=False)
+
+    def __post_init__(self) -> None:
+        slots, tokens = self.slot_token.shape[-1], self.token_slot.shape[-1]
+        with _disable_current_modes():
+            same = slots == tokens and bool((self.slot_token == torch.arange(slots, device=self.slot_token.device)).all())
+            source = self.slot_token.clamp_min(0)
+            if self.start is None:
+                block = self.token_slot // self.block
+            else:
+                block = torch.searchsorted(self.start.long(), self.token_slot, right=True) - 1
+        for name, value in (("identity", same), ("padded", slots != tokens), ("slot_source", source), ("token_block", block)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def slots(self) -> int:
+        """S: slots in block order, padding included."""
+        return self.slot_token.shape[-1]
+
+    @property
+    def tokens(self) -> int:
+        """N: tokens in host order."""
+        return self.token_slot.shape[-1]
+
+    @property
+    def blocks(self) -> int:
+        """K: number of blocks."""
+        return self.length.shape[-1]
+
+    @property
+    def tile_of_block(self) -> Tensor:
+        """``[K]`` int64, the tile that each block belongs to."""
+        return torch.arange(self.blocks, device=self.length.device) // self.blocks_per_tile
+
+    def bind(self, text_length: Tensor | None = None) -> Blocking:
+        """Per-sample lengths enter here and nowhere else.
+
+        Args:
+            text_length: ``[B]`` integer tensor, valid text tokens of each sample (a prefix of the text), or None when
+                all text tokens are valid.
+
+        Returns:
+            The `Blocking` of this layout for that batch.
+
+        Raises:
+            ValueError: the grid has no text, or text on both sides, or the tensor has another form.
+        """
+        slot = torch.arange(self.block, device=self.length.device, dtype=torch.int32)
+        if text_length is None:
+            valid = (slot < self.length[..., None]).flatten(-2) if self.padded and self.start is None else None
+            return Blocking(length=self.length, block=self.block, start=self.start, layout=self, valid=valid)
+        if not self.grid.text:
+            raise ValueError(f"text_length was given, but {self.grid} has no text tokens")
+        if self.grid.text_before and self.grid.text_after:
+            raise ValueError(f"text_length is ambiguous with text on both sides of the video: {self.grid}")
+        if text_length.ndim != 1 or text_length.dtype.is_floating_point or text_length.dtype == torch.bool:
+            raise ValueError(
+                f"text_length must be an integer tensor [B], got {text_length.dtype} {tuple(text_length.shape)}"
+            )
+        room = text_length.to(torch.int32)[:, None, None] - self.text_offset
+        length = torch.where(self.segment == int(Segment.TEXT), room.clamp_min(0).minimum(self.length), self.length)
+        if self.start is None:
+            valid = (slot < length[..., None]).flatten(-2)
+        else:
+            first = self.start.long().gather(-1, self.token_block)
+            place = self.token_slot - first
+            by_token = place < length.long().gather(-1, self.token_block.expand(length.shape[0], -1, -1))
+            valid = by_token.gather(-1, self.slot_source.expand(length.shape[0], -1, -1))
+        return Blocking(length=length, block=self.block, start=self.start, layout=self, valid=valid)
+
+    def to(self, device: torch.device | str) -> Layout:
+        """The same layout on another device (itself when it is already there)."""
+        return self if self.length.device == torch.device(device) else _moved(self, torch.device(device))
+
+    def tiled(self) -> Layout:
+        """The same order with one block per tile."""
+        return self if self.blocks_per_tile == 1 else _tiled(self)
+
+
+def _fields(layout: Layout) -> dict[str, object]:
+    return {f.name: getattr(layout, f.name) for f in dc.fields(Layout) if f.init}
+
+
+def _moved(layout: Layout, device: torch.device) -> Layout:
+    values = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in _fields(layout).items()}
+    return Layout(**values)  # type: ignore[arg-type]
+
+
+def _tiled(layout: Layout) -> Layout:
+    n = layout.blocks_per_tile
+    values = _fields(layout)
+    values |= {
+        "block": layout.block * n,
+        "length": layout.length.unflatten(-1, (-1, n)).sum(-1, dtype=torch.int32),
+        "segment": layout.segment[::n],
+        "text_offset": layout.text_offset[::n],
+        "key": (*layout.key, "tiled"),
+        "blocks_per_tile": 1,
+    }
+    return Layout(**values)  # type: ignore[arg-type]
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Gather along dim 1 of ``[B, L, H, D]`` with an index ``[B|1, H|1, L']``."""
+    if index.shape[0] == index.shape[1] == 1:
+        return x.index_select(1, index[0, 0])
+    wide = index.expand(x.shape[0], x.shape[2], -1).transpose(1, 2)[..., None].expand(-1, -1, -1, x.shape[3])
+    return x.gather(1, wide)
+
+
+# ---- tables, cached on ints only --------------------------------------------------------------------------------
+
+
+@dc.dataclass(frozen=True)
+class _Run:
+    """One tile: its tokens in order, its segment and the text tokens before it."""
+
+    tokens: Tensor
+    segment: Segment
+    text_offset: int = 0
+
+
+def _assemble(grid: Grid, runs: list[_Run], block: int, per_tile: int, key: tuple[object, ...]) -> dict[str, object]:
+    """Lay the runs out one after another, each at the front of ``per_tile`` blocks."""
+    capacity = block * per_tile
+    slot_token = torch.full((len(runs), capacity), -1, dtype=torch.int64)
+    for row, run in zip(slot_token, runs, strict=True):
+        row[: len(run.tokens)] = run.tokens
+    flat = slot_token.flatten()
+    token_slot = torch.empty(grid.tokens, dtype=torch.int64)
+    used = flat >= 0
+    token_slot[flat[used]] = used.nonzero().squeeze(1)
+    size = torch.tensor([len(run.tokens) for run in runs])[:, None]
+    offset = torch.arange(per_tile)[None] * block
+    length = (size - offset).clamp(0, block).to(torch.int32).flatten()
+    text = torch.tensor([[run.text_offset] for run in runs])
+    is_text = torch.tensor([[run.segment == Segment.TEXT] for run in runs])
+    return {
+        "grid": grid,
+        "key": key,
+        "block": block,
+        "slot_token": flat[None, None],
+        "token_slot": token_slot[None, None],
+        "length": length[None, None],
+        "segment": torch.tensor([[int(run.segment)] for run in runs], dtype=torch.int32).expand(-1, per_tile).flatten(),
+        "text_offset": torch.where(is_text, text + offset, 0).to(torch.int32).flatten(),
+        "blocks_per_tile": per_tile,
+    }
+
+
+def _text_runs(grid: Grid, capacity: int) -> tuple[list[_Run], list[_Run]]:
+    before, after, seen = [], [], 0
+    for segment, first, stop in grid.segments():
+        if segment is not Segment.TEXT:
+            continue
+        for i in range(first, stop, capacity):
+            tokens = torch.arange(i, min(i + capacity, stop))
+            (before if first < grid.text_before else after).append(_Run(tokens, segment, seen))
+            seen += len(tokens)
+    return before, after
+
+
+@functools.lru_cache(maxsize=64)
+def _tile_tables(grid: Grid, tile: tuple[int, int, int], block: int) -> dict[str, object]:
+    with torch.inference_mode(False), _disable_current_modes():
+        per_tile = math.ceil(math.prod(tile) / block)
+        ids = torch.arange(grid.video).view(grid.t, grid.h, grid.w) + grid.text_before
+        before, after = _text_runs(grid, block * per_tile)
+        video = []
+        for frames, segment in (
+            (range(0, grid.condition_frames), Segment.CONDITION),
+            (range(grid.condition_frames, grid.t), Segment.VIDEO),
+        ):
+            starts = (frames[:: tile[0]], range(0, grid.h, tile[1]), range(0, grid.w, tile[2]))
+            for t, h, w in itertools.product(*starts):
+                cube = ids[t : min(t + tile[0], frames.stop), h : h + tile[1], w : w + tile[2]]
+                video.append(_Run(cube.reshape(-1), segment))
+        return _assemble(grid, before + video + after, block, per_tile, ("tile", grid, tile, block))
+
+
+@functools.lru_cache(maxsize=64)
+def _raster_tables(grid: Grid, block: int, break_at: str | None) -> dict[str, object]:
+    with torch.inference_mode(False), _disable_current_modes():
+        before, after = _text_runs(grid, block)
+        video = []
+        for segment, first, stop in grid.segments():
+            if segment is Segment.TEXT:
+                continue
+            step = grid.frame if break_at == "frame" else stop - first
+            for low in range(first, stop, step):
+                high = min(low + step, stop)
+                video += [_Run(torch.arange(i, min(i + block, high)), segment) for i in range(low, high, block)]
+        return _assemble(grid, before + video + after, block, 1, ("raster", grid, block, break_at))
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return value
+
+
+class TileLayout(Layout):
+    """3-D tiles of any size: the tokens of a tile are contiguous, ragged tiles are packed at the front of their slots.
+
+    Tiles are ordered by ``(t, h, w)`` of their corner, tokens inside a tile in raster order over the clipped extents
+    (VSA, arXiv 2505.13389, section 3: full tiles give its closed form). Text tokens keep their order in blocks of
+    their own, before or after the video; conditioning frames are tiled apart.
+
+    Args:
+        grid: The lattice.
+        tile: Frames, rows and columns of a tile.
+        block: Slots of a block; a tile takes ``ceil(prod(tile) / block)`` blocks. None: one block per tile.
+
+    Raises:
+        ValueError: a size that is not a positive integer.
+    """
+
+    def __init__(self, grid: Grid, *, tile: tuple[int, int, int] = (4, 4, 4), block: int | None = None) -> None:
+        if len(tile) != 3:
+            raise ValueError(f"tile must be three positive integers (frames, rows, columns), got {tile!r}")
+        tile = (_positive("tile[0]", tile[0]), _positive("tile[1]", tile[1]), _positive("tile[2]", tile[2]))
+        tables = _tile_tables(grid, tile, math.prod(tile) if block is None else _positive("block", block))
+        super().__init__(**tables)  # type: ignore[arg-type]
+
+
+class RasterLayout(Layout):
+    """Host order cut into blocks of consecutive tokens; every segment (and, if asked, every frame) starts a block.
+
+    Args:
+        grid: The lattice.
+        block: Slots of a block.
+        break_at: "frame" so that no block straddles two frames, or None.
+
+    Raises:
+        ValueError: ``block`` is not a positive integer, or ``break_at`` is neither "frame" nor None.
+    """
+
+    def __init__(self, grid: Grid, *, block: int = 64, break_at: Literal["frame"] | None = None) -> None:
+        if break_at not in (None, "frame"):
+            raise ValueError(f'break_at must be "frame" or None, got {break_at!r}')
+        super().__init__(**_raster_tables(grid, _positive("block", block), break_at))  # type: ignore[arg-type]
