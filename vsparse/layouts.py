@@ -118,13 +118,15 @@ class Layout:
     start: Tensor | None = None
     blocks_per_tile: int = 1
     identity: bool = dc.field(init=False)
+    video_tiles: int = dc.field(init=False)
     padded: bool = dc.field(init=False)
     slot_source: Tensor = dc.field(init=False)
     token_block: Tensor = dc.field(init=False)
 
     def __post_init__(self) -> None:
         slots, tokens = self.slot_token.shape[-1], self.token_slot.shape[-1]
-        with _disable_current_modes():
+        with torch.inference_mode(False), _disable_current_modes():
+            video = int((self.segment != int(Segment.TEXT)).sum()) // self.blocks_per_tile
             same = slots == tokens and bool((self.slot_token == torch.arange(slots, device=self.slot_token.device)).all())
             source = self.slot_token.clamp_min(0)
             if self.start is None:
@@ -133,6 +135,7 @@ class Layout:
                 block = torch.searchsorted(self.start.long(), self.token_slot, right=True) - 1
         for name, value in (("identity", same), ("padded", slots != tokens), ("slot_source", source), ("token_block", block)):
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "video_tiles", video)
 
     @property
     def slots(self) -> int:
@@ -204,8 +207,12 @@ def _fields(layout: Layout) -> dict[str, object]:
 
 
 def _moved(layout: Layout, device: torch.device) -> Layout:
-    values = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in _fields(layout).items()}
-    return Layout(**values)  # type: ignore[arg-type]
+    twin = object.__new__(Layout)
+    with torch.inference_mode(False):
+        for field in dc.fields(Layout):
+            value = getattr(layout, field.name)
+            object.__setattr__(twin, field.name, value.to(device) if isinstance(value, Tensor) else value)
+    return twin
 
 
 def _tiled(layout: Layout) -> Layout:

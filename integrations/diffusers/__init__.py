@@ -1,0 +1,143 @@
+"""The diffusers host: which models, which modules, how they are entered and left. Implements `vsparse.patch.HostAdapter`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from vsparse.geometry import Grid
+from vsparse.methods import Site, SparseAttention
+from vsparse.patch import Claim, Root
+from vsparse.runtime import Reading, Runtime, StepSource
+
+from . import processors
+from .hosts import HOSTS, Host, host_of
+from .tracking import DiffusersSteps, Listener, unlisten
+
+__all__ = [
+    "bind",
+    "grid",
+    "install",
+    "intact",
+    "known",
+    "listen",
+    "placement",
+    "read",
+    "roots",
+    "source",
+    "uninstall",
+    "unlisten",
+]
+
+
+def known() -> list[str]:
+    """Model classes of the host table."""
+    return [model for host in HOSTS for model in host.models]
+
+
+def roots(target: object) -> list[Root] | None:
+    """Video transformers of a pipeline, or the transformer itself; None when the target is nothing of diffusers."""
+    if isinstance(target, nn.Module):
+        host = host_of(target)
+        return None if host is None else [_root("transformer", target, host)]
+    components = getattr(target, "components", None)
+    if not isinstance(components, Mapping):
+        return None
+    found = [
+        _root(name, module, host)
+        for name, module in components.items()
+        if isinstance(module, nn.Module) and (host := host_of(module)) is not None
+    ]
+    return found or None
+
+
+def _root(name: str, module: nn.Module, host: Host) -> Root:
+    matches = host.sites(module)
+    config: Any = module.config
+    heads, head_dim = config.num_attention_heads, config.attention_head_dim
+    claims = []
+    for layer, (path, attention) in enumerate(matches):
+        site = Site(
+            root=name,
+            name=path,
+            layer=layer,
+            layers=len(matches),
+            dim=heads * head_dim,
+            heads=heads,
+            head_dim=head_dim,
+            host=host.family,
+        )
+        claims.append(Claim(site=site, module=attention, reasons=tuple(processors.reasons(attention, host))))
+    return Root(name=name, module=module, claims=tuple(claims))
+
+
+def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Arguments of a root's forward by the names of its class's forward."""
+    signature = inspect.signature(type(module).forward)
+    return signature.bind(module, *args, **kwargs).arguments
+
+
+def _host(module: nn.Module) -> Host:
+    host = host_of(module)
+    assert host is not None
+    return host
+
+
+def read(module: nn.Module, arguments: Mapping[str, Any]) -> Reading:
+    """Grid, batch, text lengths of one forward."""
+    return _host(module).read(module, arguments)
+
+
+def grid(target: object, root: Root, height: int, width: int, num_frames: int) -> Grid:
+    """The lattice for a size in pixels, by the pipeline's autoencoder or the family's usual one."""
+    host = _host(root.module)
+    temporal = int(getattr(target, "vae_scale_factor_temporal", host.vae[0]))
+    spatial = int(getattr(target, "vae_scale_factor_spatial", host.vae[1]))
+    t, h, w = host.patch(root.module)
+    frames = (num_frames - 1) // temporal + 1
+    return host.grid(root.module, -(-frames // t), height // spatial // h, width // spatial // w)
+
+
+def source(target: object, roots: Sequence[Root]) -> StepSource:
+    """Steps from the cache context and, for a pipeline, its scheduler."""
+    return DiffusersSteps(None if isinstance(target, nn.Module) else target)
+
+
+def install(claim: Claim, sparse: SparseAttention) -> Callable[[], None]:
+    """Give an attention module its sparse child and a processor that routes to it."""
+    return processors.install(claim.module, sparse)
+
+
+def uninstall(module: nn.Module, sparse: SparseAttention) -> None:
+    """Undo `install` in a copied root."""
+    processors.uninstall(module.get_submodule(sparse.site.name))
+
+
+def intact(module: nn.Module, sparse: SparseAttention) -> str | None:
+    """Why a site no longer runs our code, or None."""
+    return processors.intact(module.get_submodule(sparse.site.name), sparse)
+
+
+def listen(root: Root, runtime: Runtime) -> Callable[[], None]:
+    """Hear cache contexts, the end of a run, and saves of one root."""
+    return Listener.attach(root.module, runtime)
+
+
+def placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and compute dtype for parameters that are added to an attention module.
+
+    Under layerwise casting the weights are stored in float8: what counts is the dtype that they are cast to.
+    """
+    linear = module.get_submodule("to_q")
+    parameters = [*linear.parameters(), *module.parameters()]
+    device = parameters[0].device
+    registry = getattr(linear, "_diffusers_hook", None)
+    hook = None if registry is None else registry.hooks.get("layerwise_casting")
+    if hook is not None:
+        return device, hook.compute_dtype
+    ordinary = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return device, next((p.dtype for p in parameters if p.dtype in ordinary), torch.float32)

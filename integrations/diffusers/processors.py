@@ -1,0 +1,297 @@
+"""Processors whose stock code runs unchanged except for its one attention call.
+
+Stock processors project, norm and rotate; only the function they call for attention is exchanged. A new class per stock
+class holds the stock code object, bound to a copy of its module's namespace in which that function is ours. The copy is
+a real module in ``sys.modules``, because Dynamo looks globals up by module name.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vsparse.methods import SparseAttention
+
+from .hosts import Host
+
+__all__ = ["install", "intact", "reasons", "uninstall"]
+
+_CHILD, _STOCK = "vsparse", "_vsparse_stock"
+
+
+class _Slot:
+    site: SparseAttention | None = None
+
+
+class _ThreadSlot(threading.local, _Slot):
+    pass
+
+
+_TRACED, _EAGER = _Slot(), _ThreadSlot()
+
+
+def _slot() -> _Slot:
+    """Where the running site is noted: per thread; under Dynamo, which cannot trace thread locals, in one object that
+    is written and read within a single trace."""
+    return _TRACED if torch.compiler.is_compiling() else _EAGER
+
+
+def _enter(attn: nn.Module, hidden_states: Tensor) -> None:
+    site = attn._modules.get(_CHILD)
+    _slot().site = site  # type: ignore[assignment]
+    if site is not None:
+        site.hidden = hidden_states  # type: ignore[assignment]
+
+
+def _leave(attn: nn.Module) -> None:
+    _slot().site = None
+    site = attn._modules.get(_CHILD)
+    if site is not None:
+        site.hidden = None  # type: ignore[assignment]
+        site.ran = True  # type: ignore[assignment]
+
+
+# Attention.forward passes only the arguments that `__call__` names, so the names must be stock's.
+def _call_rotary_emb(
+    self: Any,
+    attn: nn.Module,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    rotary_emb: Any = None,
+) -> Any:
+    _enter(attn, hidden_states)
+    out = self._stock_call(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+    _leave(attn)
+    return out
+
+
+def _call_image_rotary_emb(
+    self: Any,
+    attn: nn.Module,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    image_rotary_emb: Any = None,
+) -> Any:
+    _enter(attn, hidden_states)
+    out = self._stock_call(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+    _leave(attn)
+    return out
+
+
+_CALLS = {tuple(inspect.signature(f).parameters): f for f in (_call_rotary_emb, _call_image_rotary_emb)}
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dense: Callable[..., Tensor], odd: list[str]
+) -> Tensor:
+    """Attention of the running site; q, k, v and the result are ``[B, N, H, D]``."""
+    site = _slot().site
+    if site is None or site.call is None:
+        return dense(query, key, value, mask)
+    call, tokens = site.call, site.call.grid.tokens
+    if odd:
+        raise NotImplementedError(f"{site.site.name}: the host asks for {', '.join(odd)}, which vsparse does not honour")
+    if query.shape[1] != tokens or key.shape[1] != tokens:
+        raise ValueError(
+            f"{site.site.name}: attention over {query.shape[1]} x {key.shape[1]} tokens, but {call.grid} has {tokens}"
+        )
+    if mask is not None:
+        known = call.text_length is not None and mask.dtype == torch.bool and mask.shape[1:] == (1, 1, tokens)
+        if not known:
+            raise ValueError(
+                f"{site.site.name}: an attention mask of unknown form, {mask.dtype} {tuple(mask.shape)}; known is only "
+                "the bool [B, 1, 1, N] mask that hides padded text"
+            )
+    if site.phase == "dense":
+        if mask is not None and call.trim is not None:
+            size = call.trim.shape[0]
+            key, value = key[:, :size], value[:, :size]
+            mask = None if query.shape[0] == 1 else mask[..., :size]
+        return dense(query, key, value, mask)
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    return site(query, key, value)  # type: ignore[no-any-return]
+
+
+def _dispatch(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Our stand-in for diffusers' ``dispatch_attention_fn``; same parameters, none dropped."""
+
+    def dispatch_attention_fn(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        attention_kwargs: dict[str, Any] | None = None,
+        *,
+        backend: Any = None,
+        parallel_config: Any = None,
+    ) -> Tensor:
+        def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            options = {} if attention_kwargs is None else {"attention_kwargs": attention_kwargs}
+            return stock(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=dropout_p,
+                is_causal=is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+                backend=backend,
+                parallel_config=parallel_config,
+                **options,
+            )
+
+        odd = _odd(dropout_p, is_causal, scale, enable_gqa)
+        if parallel_config is not None:
+            odd = [*odd, "context parallelism"]
+        if attention_kwargs:
+            odd = [*odd, f"attention_kwargs={attention_kwargs!r}"]
+        return _attend(query, key, value, attn_mask, dense, odd)
+
+    return dispatch_attention_fn
+
+
+def _odd(dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool) -> list[str]:
+    asked = (("dropout", dropout_p > 0.0), ("causal attention", is_causal), ("a scale of its own", scale is not None))
+    return [name for name, wanted in (*asked, ("grouped queries", enable_gqa)) if wanted]
+
+
+class _Functional:
+    """``torch.nn.functional`` with our stand-in for ``scaled_dot_product_attention`` (layout ``[B, H, N, D]``)."""
+
+    def __init__(self, stock: types.ModuleType) -> None:
+        self._stock = stock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stock, name)
+
+    def scaled_dot_product_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+            out = self._stock.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, **options
+            )
+            return out.transpose(1, 2)  # type: ignore[no-any-return]
+
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return _attend(q, k, v, attn_mask, dense, _odd(dropout_p, is_causal, scale, enable_gqa)).transpose(1, 2)
+
+
+def _hook_point(stock: type) -> str | None:
+    names = stock.__call__.__code__.co_names if hasattr(stock.__call__, "__code__") else ()
+    for name in ("dispatch_attention_fn", "scaled_dot_product_attention"):
+        if name in names:
+            return name
+    return None
+
+
+@functools.cache
+def _rebound(stock: type) -> type:
+    """The class that runs a stock processor's code with our attention call; one per stock class and process."""
+    call: Any = stock.__call__
+    name = f"vsparse_rebound.{stock.__module__}.{stock.__qualname__}"
+    module = types.ModuleType(name)
+    module.__dict__.update(call.__globals__)
+    module.__dict__["__name__"] = name
+    if _hook_point(stock) == "dispatch_attention_fn":
+        module.__dict__["dispatch_attention_fn"] = _dispatch(call.__globals__["dispatch_attention_fn"])
+    else:
+        module.__dict__["F"] = _Functional(call.__globals__["F"])
+    sys.modules[name] = module
+    inner = types.FunctionType(call.__code__, module.__dict__, call.__name__, call.__defaults__, call.__closure__)
+    inner.__kwdefaults__ = call.__kwdefaults__
+    body = {
+        "__call__": _CALLS[tuple(inspect.signature(call).parameters)],
+        "__module__": name,
+        "__doc__": f"{stock.__name__} with its attention call routed through vsparse.",
+        "_stock_call": inner,
+    }
+    made = type(stock.__name__, (stock,), body)
+    module.__dict__[stock.__name__] = made
+    _register(stock, made)
+    return made
+
+
+def _register(stock: type, made: type) -> None:
+    """Tell diffusers' guiders what our class returns, if they know the stock one."""
+    from diffusers.hooks._helpers import AttentionProcessorRegistry
+
+    try:
+        metadata = AttentionProcessorRegistry.get(stock)
+    except ValueError:
+        return
+    AttentionProcessorRegistry.register(made, metadata)
+
+
+def reasons(attention: nn.Module, host: Host) -> list[str]:
+    """Why an attention module cannot be entered; empty when it can."""
+    processor = getattr(attention, "processor", None)
+    kind = type(processor)
+    if kind.__name__ not in host.processors or isinstance(processor, nn.Module):
+        return [f"processor {kind.__module__}.{kind.__name__} is not known; known: {', '.join(host.processors)}"]
+    found = []
+    if _hook_point(kind) is None or tuple(inspect.signature(kind.__call__).parameters) not in _CALLS:
+        found.append(f"{kind.__name__}.__call__ has another form in this version of diffusers than vsparse knows")
+    if getattr(processor, "_parallel_config", None) is not None:
+        found.append("context parallelism is enabled on this model; vsparse does not support it yet")
+    if _CHILD in attention._modules:
+        found.append(f"the module already has a child named {_CHILD!r}")
+    return found
+
+
+def install(attention: nn.Module, sparse: SparseAttention) -> Callable[[], None]:
+    """Attach ``sparse`` and route the module's attention through it; returns the undo."""
+    stock: Any = attention.processor
+    processor = object.__new__(_rebound(type(stock)))
+    processor.__dict__.update(stock.__dict__)
+    processor.__dict__[_STOCK] = stock
+    attention.add_module(_CHILD, sparse)
+    attention.processor = processor
+    return functools.partial(uninstall, attention)
+
+
+def uninstall(attention: nn.Module) -> None:
+    """Put the stock processor back, unless somebody has replaced ours, and drop the child."""
+    stock = attention.processor.__dict__.get(_STOCK)
+    if stock is not None:
+        chosen = attention.processor.__dict__.get("_attention_backend")
+        if chosen is not stock.__dict__.get("_attention_backend"):
+            stock._attention_backend = chosen
+        attention.processor = stock
+    attention._modules.pop(_CHILD, None)
+
+
+def intact(attention: nn.Module, sparse: SparseAttention) -> str | None:
+    """Why a module no longer runs our code, or None."""
+    if _STOCK not in attention.processor.__dict__:
+        return (
+            f"{sparse.site.name}: its processor was replaced by {type(attention.processor).__name__} after apply "
+            "(fuse_qkv_projections and set_attn_processor do that); remove the patch, then apply it again"
+        )
+    return None

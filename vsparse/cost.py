@@ -1,0 +1,56 @@
+"""FLOPs of attention, dense and sparse, and where they go."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+
+from vsparse.layouts import Layout
+from vsparse.methods.base import Method, Site
+from vsparse.schedule import Schedule
+
+__all__ = ["AttentionCost", "attention_cost"]
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class AttentionCost:
+    """FLOPs of the self-attention of all sites over a whole generation (forward, products only).
+
+    Args:
+        dense: With full attention. sparse: what the schedule executes, searches and padding slots included.
+        search: The part of ``sparse`` that finds maps. density: executed share of token pairs, mean over all calls.
+    """
+
+    dense: float
+    sparse: float
+    search: float
+    density: float
+
+
+def attention_cost(
+    method: Method, schedule: Schedule, sites: list[tuple[Site, Layout]], *, steps: int | None, batch: int
+) -> AttentionCost:
+    """Predict the cost of one generation.
+
+    Dense attention is ``4 H N^2 D`` FLOPs; sparse attention computes ``density`` of the pairs on padded slots, so it
+    costs ``4 H S^2 D`` times the density: the padding of ragged tiles counts.
+
+    Args:
+        sites: Each site with its layout. steps: denoising steps; None: one call without a step rule.
+        batch: Samples per generation, CFG branches included.
+    """
+    dense = sparse = search = pairs = 0.0
+    rounds = 1 if steps is None else steps
+    for site, layout in sites:
+        unit = 4.0 * batch * site.heads * site.head_dim
+        density = method.predicted_density(layout)
+        for step in range(rounds):
+            known = None if steps is None else step
+            phase = schedule.phase(step=known, steps=steps, layer=site.layer, filled=step > 0)
+            full = unit * layout.tokens**2
+            dense += full
+            extra = 0.0 if phase == "dense" else method.search_flops(layout, site, batch, phase)
+            exact = phase == "dense" or (phase == "search" and phase in method.state_phases)
+            pairs += full if exact else full * density
+            sparse += extra + (full if exact else unit * layout.slots**2 * density)
+            search += extra
+    return AttentionCost(dense=dense, sparse=sparse, search=search, density=pairs / dense if dense else 1.0)

@@ -1,0 +1,45 @@
+"""The registry of methods: ours by name, third parties through the entry point group "vsparse.methods"."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention
+
+__all__ = ["Call", "Method", "Paper", "Site", "SparseAttention", "get_method", "list_methods"]
+
+_OURS = {
+    "dense": ("vsparse.methods.dense", "Dense"),
+    "vsa": ("vsparse.methods.vsa", "VSA"),
+    "adaspa": ("vsparse.methods.adaspa", "AdaSpa"),
+}
+
+
+def list_methods() -> dict[str, type[Method]]:
+    """All methods that can be applied, by registry key.
+
+    Raises:
+        RuntimeError: a third-party entry point takes a key that exists, or is not a `Method`.
+    """
+    found = {key: getattr(importlib.import_module(module), name) for key, (module, name) in _OURS.items()}
+    for point in importlib.metadata.entry_points(group="vsparse.methods"):
+        method = point.load()
+        if not (isinstance(method, type) and issubclass(method, Method)):
+            raise RuntimeError(f"entry point {point.value!r}: vsparse.methods must name Method classes, got {method!r}")
+        if point.name in found:
+            raise RuntimeError(f"entry point {point.value!r}: the method key {point.name!r} is taken")
+        found[point.name] = method
+    return found
+
+
+def get_method(key: str) -> type[Method]:
+    """The method with a registry key.
+
+    Raises:
+        ValueError: there is none; the message lists those that exist.
+    """
+    methods = list_methods()
+    if key not in methods:
+        raise ValueError(f"unknown method {key!r}; there are: {', '.join(methods)}")
+    return methods[key]

@@ -1,0 +1,191 @@
+"""What every method is made of: Site, Call, SparseAttention, Method."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses as dc
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vsparse.blocks import BlockMap
+from vsparse.geometry import Grid
+from vsparse.layouts import Blocking, Layout
+from vsparse.schedule import Phase, Schedule
+from vsparse.state import RunState
+
+__all__ = ["Call", "Method", "Paper", "Site", "SparseAttention", "check_density"]
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Site:
+    """One claimed attention module.
+
+    Args:
+        root: Name of the model in its pipeline. name: dotted path of the module in the root.
+        layer, layers: Index in the root, counted over all its stacks, and how many there are.
+        dim: Width of the hidden states. heads, head_dim: of the attention.
+        host: Family name in the host table.
+        offers: What the site can give a method: "hidden" (attention input), "time" (more than one frame).
+    """
+
+    root: str
+    name: str
+    layer: int
+    layers: int
+    dim: int
+    heads: int
+    head_dim: int
+    host: str
+    offers: frozenset[str] = frozenset({"hidden", "time"})
+
+
+@dc.dataclass(frozen=True, eq=False, kw_only=True)
+class Call:
+    """What one forward of a root knows; a new object per forward, restored for its backward.
+
+    Args:
+        grid: The lattice. layout: the order and blocking of this site. blocking: the layout bound to the text lengths.
+        text_length: ``[B]`` int, or None when the host has no padded text.
+        step: 0-d int64, denoising step, -1 when unknown. density: 0-d float64, the budget of this call.
+        trim: A tensor whose size is the number of tokens up to the longest valid text, or None when there is no text
+            to trim: a size, not a Python int, so that prompts of different length share one graph.
+        parallel: Context-parallel plan; None until there is one.
+    """
+
+    grid: Grid
+    layout: Layout
+    blocking: Blocking
+    text_length: Tensor | None
+    step: Tensor
+    density: Tensor
+    trim: Tensor | None = None
+    parallel: object | None = None
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Paper:
+    """Where a method comes from: title, arXiv number, and whether it is trained."""
+
+    title: str
+    arxiv: str
+    trained: bool
+
+
+class SparseAttention(nn.Module):
+    """The part of a method that lives at one site, as the child ``attn.vsparse``.
+
+    Subclasses implement `core` and, where a branch is added in host order, `combine`. `phase`, `call`, `hidden` and
+    `state` are plain attributes, set by the root before each forward.
+    """
+
+    phase: Phase
+    call: Call | None
+    hidden: Tensor | None
+    state: RunState
+
+    def __init__(self, method: Method, site: Site) -> None:
+        super().__init__()
+        self.method, self.site = method, site
+        self.phase, self.call, self.hidden, self.state = "dense", None, None, RunState()
+        self.peak_density = 1.0
+        self.ran = False
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of this site in host order: q, k, v and the result are ``[B, N, H, D]``."""
+        assert self.call is not None
+        fine, aux = self.core(q, k, v, self.hidden, self.call)
+        return self.combine(fine, aux, self.hidden, self.call)
+
+    def core(
+        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Pack, select, attend, unpack.
+
+        Returns:
+            ``fine [B, N, H, D]`` in host order, and tensors for `combine`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no sparse path; it only runs dense")
+
+    def combine(self, fine: Tensor, aux: tuple[Tensor, ...], hidden: Tensor | None, call: Call) -> Tensor:
+        """Add what a method computes beside the fine attention, in host order. Default: nothing."""
+        return fine
+
+    def tally(self, blocks: BlockMap, batch: int) -> None:
+        """Report the executed map of this call; accumulated on the device, read only by ``Patch.stats``."""
+        lead = (batch, self.site.heads)
+        computed, possible = (x.expand(lead).sum() for x in blocks.pairs())
+        self.state.stage("pairs", torch.stack((computed, possible)))
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"{self.method.key}, layer {self.site.layer} of {self.site.layers}"
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Method(abc.ABC):
+    """One published method with its published defaults: a frozen, keyword-only dataclass.
+
+    Class attributes:
+        key: Registry name. default_schedule: the published schedule. requires: what a site must offer.
+        paper: Source. state_phases: phases that leave something for later calls (empty: stateless).
+    """
+
+    key: ClassVar[str]
+    paper: ClassVar[Paper]
+    default_schedule: ClassVar[Schedule] = Schedule()
+    requires: ClassVar[frozenset[str]] = frozenset()
+    state_phases: ClassVar[frozenset[str]] = frozenset()
+
+    @abc.abstractmethod
+    def layout(self, grid: Grid, site: Site) -> Layout:
+        """The layout of a site; cached by the caller on ``layout.key``."""
+
+    @abc.abstractmethod
+    def build(self, site: Site) -> SparseAttention:
+        """The module for a site. Must not draw from the global random generator."""
+
+    def call_density(self) -> float:
+        """Density that goes into `Call.density` when no ramp overrides it."""
+        return float(getattr(self, "density", 1.0))
+
+    def predicted_density(self, layout: Layout) -> float:
+        """Share of token pairs that a sparse call computes, forced text included, for a full text."""
+        return predict_density(layout, self.call_density())
+
+    def state(self, layout: Layout, site: Site, batch: int) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of what one branch of a site keeps between calls."""
+        return {}
+
+    def search_flops(self, layout: Layout, site: Site, batch: int, phase: Phase) -> float:
+        """FLOPs that a call in ``phase`` spends on finding its map."""
+        return 0.0
+
+    def replace(self, **overrides: Any) -> Method:
+        """A copy with fields replaced.
+
+        Raises:
+            ValueError: a field that the method does not have.
+        """
+        known = [f.name for f in dc.fields(self)]
+        for name in overrides:
+            if name not in known:
+                accepted = ", ".join(known) if known else "none"
+                raise ValueError(f"method {self.key!r} has no option {name!r}; its options: {accepted}")
+        return dc.replace(self, **overrides)
+
+
+def predict_density(layout: Layout, density: float) -> float:
+    """Executed density when ``density`` of the video blocks and all text is kept, lengths averaged."""
+    video, text = layout.grid.video, layout.grid.text
+    blocks = layout.video_tiles
+    kept = min(blocks, max(1, -int(-(density * blocks - 1e-9) // 1))) / blocks
+    return (video * (video * kept + text) + text * (video + text)) / (video + text) ** 2
+
+
+def check_density(name: str, value: float) -> None:
+    """Refuse a density outside (0, 1], NaN included."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")

@@ -1,0 +1,135 @@
+"""VSA: pooled tiles choose critical tiles, exact attention inside them, gated coarse branch."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import functools
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vsparse import ops, select
+from vsparse.geometry import Grid, kept_blocks
+from vsparse.layouts import Layout, TileLayout
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density
+from vsparse.schedule import Phase
+
+__all__ = ["VSA", "VideoSparseAttention", "density_ramp"]
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class VSA(Method):
+    """Video Sparse Attention (arXiv 2505.13389, sections 3.1-3.3).
+
+    Args:
+        density: Share of the video tiles that every query tile keeps: ``max(1, ceil(density * tiles))``. Default 1/8
+            (32 tiles at 16K tokens). FastWan uses 0.2 (1.3B, 5B) and 0.1 (14B).
+        tile: Frames, rows, columns of a tile.
+        block: Slots of a block of the kernel; a larger tile spans several blocks.
+
+    The output is ``fine + gate * coarse`` with ``gate = to_gate_compress(hidden)``, zero at first: then it equals the
+    top-k model, and with ``density=1`` the host. Differs from the paper: no gate on the fine branch (as FastVideo does
+    when it adapts a pretrained model); joint text is always attended, exempt from the budget, and has no coarse branch.
+    """
+
+    key: ClassVar[str] = "vsa"
+    paper: ClassVar[Paper] = Paper(title="VSA: video sparse attention", arxiv="2505.13389", trained=True)
+    requires: ClassVar[frozenset[str]] = frozenset({"hidden"})
+
+    density: float = 0.125
+    tile: tuple[int, int, int] = (4, 4, 4)
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        check_density("vsa: density", self.density)
+        TileLayout(Grid(t=1, h=1, w=1), tile=tuple(self.tile), block=self.block)
+
+    def layout(self, grid: Grid, site: Site) -> Layout:
+        """3-D tiles."""
+        return TileLayout(grid, tile=self.tile, block=self.block)
+
+    def build(self, site: Site) -> SparseAttention:
+        """The module with its zero-initialised gate."""
+        return VideoSparseAttention(self, site)
+
+    def search_flops(self, layout: Layout, site: Site, batch: int, phase: Phase) -> float:
+        """Pooling, scores and the coarse output."""
+        tiles = layout.video_tiles
+        return batch * site.heads * site.head_dim * (3.0 * layout.tokens + 4.0 * tiles * tiles)
+
+
+class VideoSparseAttention(SparseAttention):
+    """VSA at one site."""
+
+    def __init__(self, method: VSA, site: Site) -> None:
+        super().__init__(method, site)
+        # skip_init: nn.Linear would draw from the global generator before the zeros overwrite it.
+        self.to_gate_compress = nn.utils.skip_init(nn.Linear, site.dim, site.heads * site.head_dim)
+        nn.init.zeros_(self.to_gate_compress.weight)
+        nn.init.zeros_(self.to_gate_compress.bias)
+
+    def core(
+        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Coarse scores, top-k tiles, exact attention inside them. aux: the coarse output ``[B, tiles, H, D]``."""
+        blocking, layout = call.blocking, call.layout
+        q, k, v = blocking.pack(q), blocking.pack(k), blocking.pack(v)
+        tiles = blocking.tiles()
+        q_mean, k_mean, v_mean = (_mean(x, tiles) for x in (q, k, v))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q_mean, k_mean) * q.shape[-1] ** -0.5
+        text = tiles.text
+        video = scores if text is None else torch.where(text, -torch.inf, scores)
+        coarse = torch.einsum("bhqk,bkhd->bqhd", video.softmax(-1), v_mean).to(v.dtype)
+        count = layout.video_tiles
+        chosen = select.top_k(
+            scores.detach(),
+            tiles,
+            count=select.budget(call.density, count),
+            forced=select.forced_text(tiles),
+            capacity=kept_blocks(self.peak_density, count) + tiles.blocks - count,
+        )
+        blocks = select.expand_tiles(chosen, blocking)
+        self.tally(blocks, q.shape[0])
+        out, _ = ops.block_sparse_attention(q, k, v, blocks)
+        return blocking.unpack(out), (coarse,)
+
+    def combine(self, fine: Tensor, aux: tuple[Tensor, ...], hidden: Tensor | None, call: Call) -> Tensor:
+        """Add the gated coarse branch to the video tokens."""
+        grid = call.grid
+        assert hidden is not None
+        if hidden.shape[1] != grid.video:
+            raise ValueError(f"vsa: the attention input has {hidden.shape[1]} tokens, {grid} has {grid.video} of video")
+        gate = self.to_gate_compress(hidden).unflatten(-1, fine.shape[2:])
+        coarse = call.blocking.tiles().expand(aux[0])[:, grid.text_before : grid.text_before + grid.video]
+        branch = (gate * coarse).to(fine.dtype)
+        return fine + F.pad(branch, (0, 0, 0, 0, grid.text_before, grid.text_after)) if grid.text else fine + branch
+
+
+def _mean(x: Tensor, tiles: object) -> Tensor:
+    pooled = ops.block_pool(x, tiles)  # type: ignore[arg-type]
+    assert isinstance(pooled, Tensor)
+    return pooled
+
+
+def density_ramp(target: float, *, interval: int = 50, rate: float = 0.03) -> Callable[[int], float]:
+    """Training schedule of the density: start dense, drop by ``rate`` every ``interval`` training steps.
+
+    Args:
+        target: Final density. interval: training steps between drops (50 for 1.3B, 30 for 14B in FastVideo).
+        rate: Density taken away per drop.
+
+    Returns:
+        A function for ``Schedule(ramp=...)``. Differs from FastVideo: the number of drops is an integer and the last
+        one lands on ``target`` exactly (their float floor division stops at 0.22 for a target of 0.2).
+    """
+    check_density("density_ramp: target", target)
+    if interval < 1 or not 0.0 < rate <= 1.0:
+        raise ValueError(f"density_ramp: interval must be >= 1 and rate in (0, 1], got {interval!r} and {rate!r}")
+    return functools.partial(_ramp, target=target, interval=interval, rate=rate)
+
+
+def _ramp(step: int, *, target: float, interval: int, rate: float) -> float:
+    return max(target, 1.0 - (step // interval) * rate)

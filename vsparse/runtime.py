@@ -1,0 +1,405 @@
+"""What happens around one forward of a patched model: which call it is, the phase of every site, undo for recomputation."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses as dc
+import threading
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vsparse import backend
+from vsparse.blocks import BlockMap
+from vsparse.geometry import Grid
+from vsparse.layouts import Blocking, Layout
+from vsparse.methods.base import Call, Method, SparseAttention
+from vsparse.schedule import Phase, Schedule
+from vsparse.state import Version
+
+__all__ = ["Reading", "Runtime", "StepSource", "Tracker", "Where"]
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a host reads off the arguments of one forward of its root.
+
+    Args:
+        grid: The lattice. batch: B. device: of the hidden states.
+        text_length: ``[B]`` int tensor of valid text tokens, or None when the host has no padded text.
+        text_source: The tensors that determine ``text_length``; while they are the same objects, unchanged, the
+            longest length is not read from the device again.
+    """
+
+    grid: Grid
+    batch: int
+    device: torch.device
+    text_length: Tensor | None = None
+    text_source: tuple[Tensor, ...] = ()
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Where:
+    """Where a forward stands in a generation.
+
+    Args:
+        step: 0-based denoising step, or None. steps: how many, or None. branch: name of the CFG branch, or None.
+        generation: Any object that changes with the run of the denoising loop, or None when nothing tells.
+        advancing: False when the step source never moved (a scheduler nobody steps).
+    """
+
+    step: int | None = None
+    steps: int | None = None
+    branch: str | None = None
+    generation: object = None
+    advancing: bool = True
+
+
+class StepSource(Protocol):
+    """Tells where a forward stands, from what the host knows; made by the host adapter."""
+
+    def where(self, root: str) -> Where:
+        """Where the next forward of a root stands."""
+        ...
+
+
+class Tracker:
+    """Steps, branches and generations of one patch, shared by its roots."""
+
+    def __init__(self, source: StepSource | None) -> None:
+        self.source = source
+        self.training_step: int | None = None
+        self._explicit: Where | None = None
+        self._steps: int | None = None
+        self._generation = 0
+
+    @contextlib.contextmanager
+    def generation(self, num_steps: int) -> Iterator[None]:
+        """One run of a custom denoising loop of ``num_steps`` steps."""
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+            raise ValueError(f"generation: num_steps must be an integer >= 1, got {num_steps!r}")
+        if self._steps is not None:
+            raise RuntimeError("generation: a generation is already open; close it first")
+        self._steps, self._generation = num_steps, self._generation + 1
+        try:
+            yield
+        finally:
+            self._steps = None
+
+    @contextlib.contextmanager
+    def step(self, i: int, *, branch: str = "cond") -> Iterator[None]:
+        """One step of a custom loop; inside it, each model call belongs to ``branch``."""
+        if self._steps is None:
+            raise RuntimeError("step: open `with patch.generation(num_steps)` around the loop first")
+        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < self._steps:
+            raise ValueError(f"step: i must be an integer in [0, num_steps={self._steps}), got {i!r}")
+        before, self._explicit = self._explicit, Where(
+            step=i, steps=self._steps, branch=branch, generation=("explicit", self._generation)
+        )
+        try:
+            yield
+        finally:
+            self._explicit = before
+
+    def where(self, root: str) -> Where:
+        """Where the next forward of a root stands: what the user said, else what the host knows."""
+        if self._explicit is not None:
+            return self._explicit
+        return self.source.where(root) if self.source is not None else Where()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Tracker:
+        """A copied model is driven by someone else."""
+        return Tracker(None)
+
+
+@dc.dataclass(eq=False)
+class _Record:
+    """Everything one forward bound to its sites: what a recomputation needs back."""
+
+    bound: list[tuple[SparseAttention, Phase, Call, Version]]
+
+    def restore(self) -> None:
+        for module, phase, call, version in self.bound:
+            module.phase, module.call = phase, call
+            module.state.bind(version)
+
+
+class Runtime:
+    """One patched root: hooks around its forward, and what they gather."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        sites: Sequence[SparseAttention],
+        method: Method,
+        schedule: Schedule,
+        tracker: Tracker,
+        read: Callable[[nn.Module, Mapping[str, Any]], Reading],
+        bind: Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], Mapping[str, Any]],
+        intact: Callable[[nn.Module, SparseAttention], str | None],
+        strict: bool,
+    ) -> None:
+        self.name, self.sites, self.method, self.schedule = name, list(sites), method, schedule
+        self.tracker, self.read, self.bind, self.intact, self.strict = tracker, read, bind, intact, strict
+        self.siblings: list[Runtime] = []
+        self.fallbacks: Counter[str] = Counter()
+        self.phases: Counter[str] = Counter()
+        self.pairs: dict[str, Tensor] = {}
+        self.dense_pairs: Tensor | float = 0.0
+        self._layouts: dict[tuple[Grid, int, torch.device], Layout] = {}
+        self._reasons: dict[tuple[object, ...], list[str]] = {}
+        self._longest: list[tuple[tuple[weakref.ref[Tensor], ...], tuple[int, ...], int]] = []
+        self._owner: int | None = None
+        self._now: tuple[Where, str, _Record] | None = None
+        self._seen: tuple[object, int | None, dict[str, int]] | None = None
+        self._form: tuple[Grid, int] | None = None
+
+    # ---- hooks ----------------------------------------------------------------------------------------------------
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the root."""
+        if self._owner is not None:
+            raise RuntimeError(
+                f"{self.name}: a forward of this patched model is still running; concurrent calls of one patched model "
+                "would share its state. Use one model per thread, or run the calls one after another."
+            )
+        self._owner = threading.get_ident()
+        try:
+            self._prepare(module, self.read(module, self.bind(module, args, kwargs)))
+        except BaseException:
+            self._release()
+            raise
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Forward hook of the root; runs after an exception, too."""
+        if self._owner != threading.get_ident():
+            return
+        now, failed = self._now, output is None
+        try:
+            if now is not None and not failed:
+                self._commit(*now)
+                if torch.is_grad_enabled():
+                    _on_backward(output, now[2])
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        for site in self.sites:
+            site.hidden = None
+        self._owner = self._now = None
+
+    # ---- before ---------------------------------------------------------------------------------------------------
+
+    def _prepare(self, module: nn.Module, reading: Reading) -> None:
+        where = self.tracker.where(self.name)
+        branch = self._enter(where, reading)
+        against = [reason for site in self.sites if (reason := self.intact(module, site)) is not None]
+        sparse = [s for s in self.sites if self._phase(s, where, branch) != "dense"]
+        if sparse:
+            against += self._unsupported(sparse[0], reading, module)
+        if against:
+            self._fall_back(against)
+        step = torch.tensor(-1 if where.step is None else where.step, device=reading.device)
+        density = torch.tensor(self._density(module), dtype=torch.float64, device=reading.device)
+        trim = self._trim(reading)
+        calls: dict[object, Call] = {}
+        bound = []
+        for site in self.sites:
+            layout = self._layout(reading.grid, site, reading.device)
+            call = calls.get(layout.key)
+            if call is None:
+                call = calls[layout.key] = Call(
+                    grid=reading.grid,
+                    layout=layout,
+                    blocking=layout.bind(reading.text_length),
+                    text_length=reading.text_length,
+                    step=step,
+                    density=density,
+                    trim=trim,
+                )
+            phase: Phase = "dense" if against else self._phase(site, where, branch)
+            bound.append((site, phase, call, site.state.version(branch)))
+            site.ran = False
+        record = _Record(bound)
+        record.restore()
+        self._now = (where, branch, record)
+
+    def _enter(self, where: Where, reading: Reading) -> str:
+        """Notice a new generation, batch or grid; returns the branch."""
+        if self._form != (reading.grid, reading.batch):
+            self.reset()
+            self._form = (reading.grid, reading.batch)
+        branch = where.branch or "default"
+        key, last, repeats = self._seen or (None, None, {})
+        backwards = last is not None and where.step is not None and where.step < last
+        again = where.step == last and branch in repeats
+        # Without a generation to compare, a step that comes again may be a restart after an interrupted run.
+        if key != where.generation or backwards or (again and where.generation is None):
+            self.reset()
+            repeats = {}
+        elif where.step != last:
+            repeats = {}
+        repeats[branch] = repeats.get(branch, 0) + 1
+        if self.schedule.needs_steps and not where.advancing and repeats[branch] > 2:
+            raise ValueError(
+                f"{self.name}: the scheduler of the patched pipeline does not move between calls; another pipeline or "
+                "loop seems to drive this model. Patch that pipeline, or use patch.generation and patch.step."
+            )
+        if self.method.state_phases and where.branch is None and where.step is not None and repeats[branch] > 1:
+            raise ValueError(
+                f"{self.name}: two calls in step {where.step}, and nothing tells their CFG branches apart; wrap each in "
+                '`with patch.step(i, branch="cond")` or branch="uncond"'
+            )
+        self._seen = (where.generation, where.step, repeats)
+        for other in self.siblings:
+            if other is not self:
+                other.reset()
+        return branch
+
+    def _phase(self, site: SparseAttention, where: Where, branch: str) -> Phase:
+        filled = bool(site.state.version(branch))
+        phase = self.schedule.phase(step=where.step, steps=where.steps, layer=site.site.layer, filled=filled)
+        if where.step is not None and phase in self.method.state_phases and site.state.stamp(branch) == where.step:
+            # A second evaluation of a step that has already searched: it reads, and never writes.
+            return "dense" if phase == "search" else "reuse"
+        return phase
+
+    def _density(self, module: nn.Module) -> float:
+        ramp = self.schedule.ramp
+        if ramp is None or not module.training:
+            return self.method.call_density()
+        if self.tracker.training_step is None:
+            raise ValueError("this schedule has a density ramp: call patch.training_step(i) before each training step")
+        density = float(ramp(self.tracker.training_step))
+        if not 0.0 < density <= 1.0:
+            raise ValueError(f"the ramp gave density {density!r} at training step {self.tracker.training_step}")
+        return density
+
+    def _layout(self, grid: Grid, site: SparseAttention, device: torch.device) -> Layout:
+        key = (grid, site.site.layer, device)
+        if key not in self._layouts:
+            layout = self.method.layout(grid, site.site)
+            same = (x for k, x in self._layouts.items() if k[2] == device and x.key == layout.key)
+            self._layouts[key] = next(same, None) or layout.to(device)
+        return self._layouts[key]
+
+    def _unsupported(self, site: SparseAttention, reading: Reading, module: nn.Module) -> list[str]:
+        layout = self._layout(reading.grid, site, reading.device)
+        dtype = site_dtype(module)
+        key = (layout.key, reading.device, dtype)
+        if key not in self._reasons:
+            self._reasons[key] = kernel_reasons(layout, site.site.heads, site.site.head_dim, dtype, reading.device)
+        return self._reasons[key]
+
+    def _fall_back(self, against: list[str]) -> None:
+        if self.strict:
+            raise NotImplementedError(f"{self.name}: sparse attention cannot run here:\n  - " + "\n  - ".join(against))
+        for reason in against:
+            if reason not in self.fallbacks:
+                warnings.warn(f"vsparse: {self.name} runs dense: {reason}", stacklevel=2)
+            self.fallbacks[reason] += 1
+
+    def _trim(self, reading: Reading) -> Tensor | None:
+        """A tensor of as many rows as there are tokens up to the longest valid text; read once per prompt."""
+        if reading.text_length is None or not reading.grid.text_after:
+            return None
+        longest = None
+        versions = tuple(-1 if x.is_inference() else x._version for x in reading.text_source)
+        if -1 not in versions:
+            for refs, known, value in self._longest:
+                if known == versions and all(r() is x for r, x in zip(refs, reading.text_source, strict=True)):
+                    longest = value
+        if longest is None:
+            longest = int(reading.text_length.max())
+            entry = (tuple(weakref.ref(x) for x in reading.text_source), versions, longest)
+            self._longest = [entry, *self._longest[:7]]
+        trim = torch.empty(reading.grid.video + longest, 0, device=reading.device)
+        torch._dynamo.maybe_mark_dynamic(trim, 0)
+        return trim
+
+    # ---- after ----------------------------------------------------------------------------------------------------
+
+    def _commit(self, where: Where, branch: str, record: _Record) -> None:
+        for site, phase, call, _ in record.bound:
+            if not site.ran:
+                continue
+            self.phases[phase] += 1
+            staged = site.state.staged.pop("pairs", None)
+            if staged is not None:
+                total = self.pairs.get(site.site.name)
+                self.pairs[site.site.name] = staged if total is None else total + staged
+            else:
+                valid = call.blocking.length.double().sum(-1).square()
+                batch = call.text_length.shape[0] if call.text_length is not None else self._form[1]  # type: ignore[index]
+                self.dense_pairs = self.dense_pairs + valid.expand(batch, site.site.heads).sum()
+            if phase in self.method.state_phases:
+                site.state.commit(branch, where.step)
+
+    # ---- everything else ------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Drop the state of all sites; the next call starts a generation."""
+        self._seen = None
+        for site in self.sites:
+            site.state.clear()
+
+    def state_bytes(self) -> int:
+        """Bytes of state held now."""
+        return sum(site.state.nbytes() for site in self.sites)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Runtime:
+        import copy
+
+        twin = Runtime(
+            name=self.name,
+            sites=copy.deepcopy(self.sites, memo),
+            method=self.method,
+            schedule=self.schedule,
+            tracker=copy.deepcopy(self.tracker, memo),
+            read=self.read,
+            bind=self.bind,
+            intact=self.intact,
+            strict=self.strict,
+        )
+        memo[id(self)] = twin
+        return twin
+
+
+def _on_backward(output: Any, record: _Record) -> None:
+    """Bind this forward's call again before anything of it is recomputed in a backward."""
+    tensors = output if isinstance(output, tuple | list) else getattr(output, "values", lambda: (output,))()
+    for value in tensors:
+        if isinstance(value, Tensor) and value.requires_grad:
+
+            def restore(gradient: Tensor) -> None:
+                record.restore()
+
+            value.register_hook(restore)
+
+
+def site_dtype(module: nn.Module) -> torch.dtype:
+    """dtype that attention computes in: autocast's, else the model's."""
+    kind = next(module.parameters()).device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return next((p.dtype for p in module.parameters() if p.dtype in _COMPUTE), torch.float32)
+
+
+_COMPUTE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def kernel_reasons(
+    layout: Layout, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> list[str]:
+    """Why the attention op cannot run a layout on a device; asks the implementations about tensors without data."""
+    meta = layout.to("meta") if layout.length.device.type != "meta" else layout
+    blocking = Blocking(length=meta.length, block=meta.block, start=meta.start)
+    q = torch.empty(1, layout.slots, heads, head_dim, dtype=dtype, device="meta")
+    options = {"scale": head_dim**-0.5, "skip_threshold": None}
+    return backend.reasons("block_sparse_attention", device.type, q, q, q, BlockMap.full(blocking), **options)

@@ -1,0 +1,180 @@
+"""Selectors: from scores of block pairs to the `BlockMap` that is computed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vsparse.blocks import BlockMap
+from vsparse.layouts import Blocking
+
+__all__ = ["Budget", "budget", "expand_tiles", "forced_text", "head_global", "threshold", "top_k", "top_p"]
+
+Budget = Literal["exempt", "compete"]
+
+
+def budget(density: Tensor | float, blocks: int) -> Tensor:
+    """Kept blocks for a density, ``max(1, ceil(density * blocks - 1e-9))`` as int32, in the shape of ``density``.
+
+    Args:
+        density: A float, or a float64 tensor (a float32 one would round 0.1 up and keep one block too many).
+    """
+    wide = torch.as_tensor(density, dtype=torch.float64)
+    return (wide * blocks - 1e-9).ceil().clamp(1, blocks).to(torch.int32)
+
+
+def forced_text(q: Blocking, k: Blocking | None = None) -> Tensor | None:
+    """``[1, 1, Q, K]`` bool: text rows attend to everything, text keys are kept by every row. None without text."""
+    text_k, text_q = (q if k is None else k).text, q.text
+    if text_q is None or text_k is None:
+        return None
+    return (text_q[:, None] | text_k[None, :])[None, None]
+
+
+def top_k(
+    scores: Tensor,
+    q: Blocking,
+    k: Blocking | None = None,
+    *,
+    count: Tensor | int,
+    forced: Tensor | None = None,
+    forced_budget: Budget = "exempt",
+    capacity: int | None = None,
+) -> BlockMap:
+    """Keep the ``count`` best key blocks of every row. Of equal scores the lower block index wins.
+
+    Args:
+        scores: ``[B|1, H|1, Q, K]`` float; higher is better.
+        q, k: Blockings; key blocks of length 0 are never chosen.
+        count: Blocks to keep, an int or an int tensor that broadcasts against ``[B, H, Q]``.
+        forced: ``[B|1, H|1, Q, K]`` bool, always kept.
+        forced_budget: "exempt": on top of ``count``; "compete": they use up ``count`` first.
+        capacity: M of the map; the caller vouches for it. None: K.
+
+    Returns:
+        The map. With fewer than ``count`` candidates a row keeps what there is.
+    """
+    k = q if k is None else k
+    ranked, exempt = _with_forced(scores, k, forced, forced_budget)
+    place = ranked.argsort(dim=-1, descending=True, stable=True)
+    limit = torch.as_tensor(count, device=scores.device)
+    chosen = torch.arange(k.blocks, device=scores.device) < limit[..., None]
+    keep = torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, place, chosen.expand_as(place))
+    return _finish(keep & (ranked > -torch.inf), exempt, q, k, capacity)
+
+
+def top_p(
+    scores: Tensor,
+    q: Blocking,
+    k: Blocking | None = None,
+    *,
+    mass: Tensor | float,
+    include_crossing: bool,
+    least: int = 1,
+    forced: Tensor | None = None,
+    forced_budget: Budget = "exempt",
+    capacity: int | None = None,
+) -> BlockMap:
+    """Keep the best key blocks of every row until they hold ``mass`` of the row's total score.
+
+    Args:
+        scores: ``[B|1, H|1, Q, K]``, non-negative (a softmax, or an exact mass).
+        mass: Share of the row total in (0, 1], a float or a tensor that broadcasts against ``[B, H, Q]``.
+        include_crossing: True: keep the block with which the sum reaches ``mass`` (NABLA, SVG2, XAttention); False:
+            stop before it (SpargeAttn).
+        least: Blocks kept in any case.
+        forced, forced_budget, capacity: As in `top_k`.
+    """
+    k = q if k is None else k
+    _fraction("mass", mass)
+    ranked, exempt = _with_forced(scores, k, forced, forced_budget)
+    value, place = ranked.sort(dim=-1, descending=True, stable=True)
+    value = torch.where(value.isfinite(), value, 0).double()
+    reached = value.cumsum(-1)
+    goal = (torch.as_tensor(mass, device=scores.device, dtype=torch.float64) * reached[..., -1])[..., None]
+    chosen = reached - value < goal if include_crossing else reached <= goal
+    chosen = chosen | (torch.arange(k.blocks, device=scores.device) < least)
+    keep = torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, place, chosen)
+    return _finish((keep | (ranked == torch.inf)) & (ranked > -torch.inf), exempt, q, k, capacity)
+
+
+def threshold(
+    scores: Tensor,
+    q: Blocking,
+    k: Blocking | None = None,
+    *,
+    value: Tensor | float,
+    least: int = 1,
+    forced: Tensor | None = None,
+    capacity: int | None = None,
+) -> BlockMap:
+    """Keep key blocks whose score is at least ``value`` (broadcasts against ``[B, H, Q]``), and the ``least`` best."""
+    k = q if k is None else k
+    ranked, exempt = _with_forced(scores, k, forced, "exempt")
+    place = ranked.argsort(dim=-1, descending=True, stable=True)
+    first = (torch.arange(k.blocks, device=scores.device) < least).expand_as(place)
+    keep = torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, place, first)
+    keep = keep | (ranked >= torch.as_tensor(value, device=scores.device)[..., None])
+    return _finish(keep & (ranked > -torch.inf), exempt, q, k, capacity)
+
+
+def head_global(
+    scores: Tensor,
+    q: Blocking,
+    k: Blocking | None = None,
+    *,
+    density: Tensor | float,
+    least: int = 1,
+    forced: Tensor | None = None,
+) -> BlockMap:
+    """Keep the best share ``density`` of all block pairs of a head; rows keep unequal numbers.
+
+    Args:
+        scores: ``[B|1, H|1, Q, K]``; for a fair comparison across rows, a softmax.
+        density: Share of the Q * K pairs, a float or a float64 tensor that broadcasts against ``[B, H]``.
+        least: Best blocks of a row that are kept in any case, so that no row is empty.
+        forced: As in `top_k`, exempt from the budget.
+    """
+    k = q if k is None else k
+    if isinstance(density, float):
+        _fraction("density", density)
+    ranked, exempt = _with_forced(scores, k, forced, "exempt")
+    flat = ranked.flatten(-2)
+    place = flat.argsort(dim=-1, descending=True, stable=True)
+    chosen = torch.arange(flat.shape[-1], device=scores.device) < budget(density, flat.shape[-1])[..., None]
+    keep = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, place, chosen.expand_as(place)).view_as(ranked)
+    return _finish(
+        (keep | top_k(scores, q, k, count=least).to_mask()) & (ranked > -torch.inf), exempt, q, k, None
+    )
+
+
+def expand_tiles(tiles: BlockMap, blocking: Blocking) -> BlockMap:
+    """A map over tiles as a map over their blocks: every block of a kept tile is kept."""
+    per_tile = blocking.blocks // tiles.k.blocks
+    if per_tile == 1:
+        return BlockMap(tiles.index, tiles.count, blocking, blocking, tiles.key_bias)
+    keep = tiles.to_mask().repeat_interleave(per_tile, -1).repeat_interleave(per_tile, -2)
+    return BlockMap.from_mask(keep, blocking, capacity=tiles.capacity * per_tile)
+
+
+def _fraction(name: str, value: Tensor | float) -> None:
+    if not isinstance(value, Tensor) and not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} must lie in (0, 1], got {value!r}")
+
+
+def _with_forced(scores: Tensor, k: Blocking, forced: Tensor | None, mode: Budget) -> tuple[Tensor, Tensor | None]:
+    """Scores with empty key blocks at -inf and forced ones out of the race (-inf) or in front of it (+inf)."""
+    if mode not in ("exempt", "compete"):
+        raise ValueError(f'forced_budget must be "exempt" or "compete", got {mode!r}')
+    ranked = torch.where((k.length > 0)[:, :, None], scores, -torch.inf)
+    if forced is None:
+        return ranked, None
+    if mode == "compete":
+        return torch.where(forced, torch.inf, ranked), forced
+    return torch.where(forced, -torch.inf, ranked), forced
+
+
+def _finish(keep: Tensor, forced: Tensor | None, q: Blocking, k: Blocking, capacity: int | None) -> BlockMap:
+    return BlockMap.from_mask(keep if forced is None else keep | forced, q, k, capacity=capacity)
