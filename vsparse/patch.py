@@ -333,7 +333,9 @@ def _install(
 def _build(host: HostAdapter, method: Method, schedule: Schedule, claim: Claim) -> SparseAttention:
     device, dtype = host.placement(claim.module)
     with torch.inference_mode(False), torch.device(device):
-        sparse = method.build(claim.site).to(dtype=dtype)
+        sparse = method.build(claim.site)
+        if any(parameter.dtype != dtype for parameter in sparse.parameters()):
+            sparse = sparse.to(dtype)
     sparse.peak_density = 1.0 if schedule.ramp is not None else method.call_density()
     sparse.train(claim.module.training)
     return sparse

@@ -16,7 +16,7 @@ from vsparse.layouts import Blocking, Layout
 from vsparse.schedule import Phase, Schedule
 from vsparse.state import RunState
 
-__all__ = ["Call", "Method", "Paper", "Site", "SparseAttention", "check_density"]
+__all__ = ["Call", "Method", "Paper", "Site", "SparseAttention", "check_density", "zero_linear"]
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -189,3 +189,12 @@ def check_density(name: str, value: float) -> None:
     """Refuse a density outside (0, 1], NaN included."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
         raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
+
+
+def zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer of zeros, made without drawing from the global random generator as ``nn.Linear`` does."""
+    like = torch.empty(0)
+    linear = nn.Linear(inputs, outputs, device="meta")
+    linear.weight = nn.Parameter(like.new_zeros(outputs, inputs))
+    linear.bias = nn.Parameter(like.new_zeros(outputs))
+    return linear

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from vsparse import ops, select
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Layout, TileLayout
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, zero_linear
 from vsparse.schedule import Phase
 
 __all__ = ["VSA", "VideoSparseAttention", "density_ramp"]
@@ -66,10 +66,7 @@ class VideoSparseAttention(SparseAttention):
 
     def __init__(self, method: VSA, site: Site) -> None:
         super().__init__(method, site)
-        # skip_init: nn.Linear would draw from the global generator before the zeros overwrite it.
-        self.to_gate_compress = nn.utils.skip_init(nn.Linear, site.dim, site.heads * site.head_dim)
-        nn.init.zeros_(self.to_gate_compress.weight)
-        nn.init.zeros_(self.to_gate_compress.bias)
+        self.to_gate_compress = zero_linear(site.dim, site.heads * site.head_dim)
 
     def core(
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call

@@ -1,0 +1,105 @@
+"""The contact sheet: frames of several runs under one another, and where each differs from the first."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vsparse.measure.figures import ACCENT, FAINT, INK, new_figure, save_figure
+from vsparse.measure.quality import check_frames
+from vsparse.measure.video import check_output
+
+__all__ = ["SheetRow", "contact_sheet"]
+
+GAIN = 4
+
+
+@dc.dataclass(frozen=True, kw_only=True, eq=False)
+class SheetRow:
+    """One run: a name, lines of facts under it, and its frames ``[F, H, W, 3]`` in [0, 1]."""
+
+    name: str
+    facts: Sequence[str]
+    frames: Tensor
+
+
+def contact_sheet(
+    path: str | os.PathLike[str], rows: Sequence[SheetRow], *, title: str, note: str = "", columns: int = 7
+) -> Path:
+    """Write a PNG: one row of frames per run, and under every run that differs from the first, by how much.
+
+    Args:
+        path: Ends in ".png". rows: the first is the reference; all have one shape. title: above all. note: below all.
+        columns: Most frames to show; they are spread evenly over the clip, first and last included.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: no rows, or frames that do not fit. ImportError: matplotlib is not installed.
+    """
+    target = check_output(path, ".png")
+    if not rows:
+        raise ValueError("contact_sheet needs at least one row")
+    for row in rows:
+        check_frames(row.name, row.frames)
+        if row.frames.shape != rows[0].frames.shape:
+            raise ValueError(f"{row.name}: frames {tuple(row.frames.shape)} differ from {tuple(rows[0].frames.shape)}")
+    count, height, width = rows[0].frames.shape[:3]
+    shown = _spread(count, columns)
+    cell, label, gap, group = 1.3, 2.75, 0.05, 0.22
+    tall = cell * height / width
+    heights = [tall if _equal(row, rows[0]) else 2 * tall + gap for row in rows]
+    size = (label + len(shown) * (cell + gap) + 0.15, 1.05 + sum(heights) + group * (len(rows) - 1) + 0.15)
+    figure = new_figure(*size)
+    y = size[1] - 1.05
+    for row, extent in zip(rows, heights, strict=True):
+        for part in range(1 if extent == tall else 2):
+            images = (row.frames - rows[0].frames).abs().mul(GAIN) if part else row.frames
+            y_low = y - tall - part * (tall + gap)
+            for column, index in enumerate(shown):
+                x = label + column * (cell + gap)
+                axis = figure.add_axes((x / size[0], y_low / size[1], cell / size[0], tall / size[1]))
+                axis.set_axis_off()
+                axis.imshow(images[index].float().cpu().clamp(0, 1).numpy(), interpolation="nearest", aspect="auto")
+                if row is rows[0]:
+                    axis.set_title(f"frame {index + 1}", fontsize=9, color=FAINT, pad=4)
+            _label(figure, (label - 0.1) / size[0], (y_low + tall) / size[1], size[1], tall, row, part, rows[0])
+        y -= extent + group
+    figure.text(0.12 / size[0], 1 - 0.2 / size[1], title, fontsize=13, weight="bold", color=INK, va="top")
+    below = "\n".join(textwrap.wrap(note, int(size[0] * 15)))
+    figure.text(0.12 / size[0], 1 - 0.48 / size[1], below, fontsize=8.5, color=FAINT, va="top")
+    return save_figure(figure, target)
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most ``most`` frame indices, evenly spread, first and last included."""
+    if most < 1:
+        raise ValueError(f"columns must be at least 1, got {most}")
+    return sorted({int(i) for i in torch.linspace(0, count - 1, min(count, most)).round()})
+
+
+def _equal(row: SheetRow, reference: SheetRow) -> bool:
+    return bool(torch.equal(row.frames, reference.frames))
+
+
+def _label(
+    figure: Any, x: float, top: float, inches: float, tall: float, row: SheetRow, part: int, reference: SheetRow
+) -> None:
+    """Text to the left of a strip of frames whose upper edge is at ``top``."""
+    if part:
+        text = f"|difference to {reference.name}| \u00d7 {GAIN}"
+        middle = top - tall / 2 / inches
+        figure.text(x, middle, text, fontsize=8.5, color=FAINT, ha="right", va="center", style="italic")
+        return
+    color = INK if row is reference else ACCENT
+    figure.text(x, top - 0.05 / inches, row.name, fontsize=11, weight="bold", color=color, ha="right", va="top")
+    facts = "\n".join(row.facts)
+    figure.text(x, top - 0.33 / inches, facts, fontsize=8.5, color=INK, ha="right", va="top", linespacing=1.4)
