@@ -10,11 +10,11 @@ from typing import Any
 
 _HOMES = {
     "apply": "vsparse.patch",
-    "plan": "vsparse.patch",
+    "plan": "vsparse.planning",
     "load": "vsparse.patch",
     "patch_of": "vsparse.patch",
     "Patch": "vsparse.patch",
-    "Plan": "vsparse.patch",
+    "Plan": "vsparse.planning",
     "list_methods": "vsparse.methods",
     "Method": "vsparse.methods",
     "Schedule": "vsparse.schedule",

@@ -22,7 +22,9 @@ from vsparse.schedule import Schedule
 __all__ = ["Stored", "assign", "read", "save"]
 
 _CONFIG, _WEIGHTS, _FORMAT = "vsparse.json", "vsparse.safetensors", 1
-_FASTWAN = re.compile(r"^(?:(?P<root>transformer\w*)\.)?(?P<block>blocks\.\d+)\.(?:attn1\.)?to_gate_compress\.(?P<part>weight|bias)$")
+_FASTWAN = re.compile(
+    r"^(?:(?P<root>transformer\w*)\.)?(?P<block>blocks\.\d+)\.(?:attn1\.)?to_gate_compress\.(?P<part>weight|bias)$"
+)
 
 
 @dc.dataclass(frozen=True, kw_only=True, eq=False)

@@ -43,7 +43,9 @@ def register(op: str, implementation: Implementation, *, priority: int) -> None:
     """
     rows = _TABLE.setdefault(op, [])
     if any((row.name, row.device) == (implementation.name, implementation.device) for _, row in rows):
-        raise RuntimeError(f"{op}: an implementation {implementation.name!r} for {implementation.device!r} is already registered")
+        raise RuntimeError(
+            f"{op}: an implementation {implementation.name!r} for {implementation.device!r} is already registered"
+        )
     rows.append((priority, implementation))
     rows.sort(key=lambda row: -row[0])
 

@@ -62,7 +62,9 @@ class BlockMap:
         return self.index.shape[-1]
 
     @classmethod
-    def from_mask(cls, keep: Tensor, q: Blocking, k: Blocking | None = None, *, capacity: int | None = None) -> BlockMap:
+    def from_mask(
+        cls, keep: Tensor, q: Blocking, k: Blocking | None = None, *, capacity: int | None = None
+    ) -> BlockMap:
         """Lists from a dense mask.
 
         Args:
@@ -88,7 +90,9 @@ class BlockMap:
         return cls(count.new_zeros(1, 1, q.blocks, 0), count, q, k)
 
     @classmethod
-    def from_bits(cls, bits: Tensor, q: Blocking, k: Blocking | None = None, *, capacity: int | None = None) -> BlockMap:
+    def from_bits(
+        cls, bits: Tensor, q: Blocking, k: Blocking | None = None, *, capacity: int | None = None
+    ) -> BlockMap:
         """Inverse of `to_bits`: ``[B|1, H|1, Q, ceil(K / 8)]`` uint8, bit ``j % 8`` of byte ``j // 8`` is block j."""
         k = q if k is None else k
         shift = torch.arange(8, device=bits.device, dtype=torch.uint8)
@@ -106,8 +110,9 @@ class BlockMap:
     def to_bits(self) -> Tensor:
         """``[B|1, H|1, Q, ceil(K / 8)]`` uint8, one bit per block pair."""
         keep = torch.nn.functional.pad(self.to_mask(), (0, -self.k.blocks % 8))
-        weight = 2 ** torch.arange(8, device=keep.device, dtype=torch.int32)
-        return (keep.unflatten(-1, (-1, 8)) * weight).sum(-1, dtype=torch.int32).to(torch.uint8)
+        weight = torch.arange(8, device=keep.device, dtype=torch.int32).exp2().to(torch.uint8)
+        bits: Tensor = keep.unflatten(-1, (-1, 8)) * weight
+        return bits.sum(-1, dtype=torch.uint8)
 
     def transpose(self) -> Transposed:
         """Key-major lists, deterministic, without a device sync."""
@@ -157,7 +162,9 @@ class BlockMap:
         count, blocks = self.count, self.k.blocks
         listed = (count <= self.capacity) | (count == blocks)
         if bool((count < 0).any()) or not bool(listed.all()):
-            raise ValueError(f"count must lie in [0, M={self.capacity}] or equal K={blocks}, got up to {int(count.max())}")
+            raise ValueError(
+                f"count must lie in [0, M={self.capacity}] or equal K={blocks}, got up to {int(count.max())}"
+            )
         used = (torch.arange(self.capacity, device=count.device) < count[..., None]) & (count < blocks)[..., None]
         if bool((used & ((self.index < 0) | (self.index >= blocks))).any()):
             raise ValueError(f"index holds key blocks outside [0, K={blocks})")

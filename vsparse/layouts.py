@@ -86,8 +86,7 @@ class Blocking:
         if per_tile == 1:
             return self
         length = self.length.unflatten(-1, (-1, per_tile)).sum(-1, dtype=torch.int32)
-        tiled = layout.tiled()
-        return Blocking(length=length, block=self.block * per_tile, layout=tiled, valid=self.valid)
+        return Blocking(length=length, block=self.block * per_tile, layout=layout.tiled, valid=self.valid)
 
 
 @dc.dataclass(frozen=True, eq=False, kw_only=True)
@@ -122,20 +121,29 @@ class Layout:
     padded: bool = dc.field(init=False)
     slot_source: Tensor = dc.field(init=False)
     token_block: Tensor = dc.field(init=False)
+    tiled: Layout = dc.field(init=False)
 
     def __post_init__(self) -> None:
         slots, tokens = self.slot_token.shape[-1], self.token_slot.shape[-1]
         with torch.inference_mode(False), _disable_current_modes():
             video = int((self.segment != int(Segment.TEXT)).sum()) // self.blocks_per_tile
-            same = slots == tokens and bool((self.slot_token == torch.arange(slots, device=self.slot_token.device)).all())
+            same = slots == tokens and bool(
+                (self.slot_token == torch.arange(slots, device=self.slot_token.device)).all()
+            )
             source = self.slot_token.clamp_min(0)
             if self.start is None:
                 block = self.token_slot // self.block
             else:
                 block = torch.searchsorted(self.start.long(), self.token_slot, right=True) - 1
-        for name, value in (("identity", same), ("padded", slots != tokens), ("slot_source", source), ("token_block", block)):
+        for name, value in (
+            ("identity", same),
+            ("padded", slots != tokens),
+            ("slot_source", source),
+            ("token_block", block),
+        ):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "video_tiles", video)
+        object.__setattr__(self, "tiled", _tiled(self))
 
     @property
     def slots(self) -> int:
@@ -197,10 +205,6 @@ class Layout:
         """The same layout on another device (itself when it is already there)."""
         return self if self.length.device == torch.device(device) else _moved(self, torch.device(device))
 
-    def tiled(self) -> Layout:
-        """The same order with one block per tile."""
-        return self if self.blocks_per_tile == 1 else _tiled(self)
-
 
 def _fields(layout: Layout) -> dict[str, object]:
     return {f.name: getattr(layout, f.name) for f in dc.fields(Layout) if f.init}
@@ -208,15 +212,21 @@ def _fields(layout: Layout) -> dict[str, object]:
 
 def _moved(layout: Layout, device: torch.device) -> Layout:
     twin = object.__new__(Layout)
+    object.__setattr__(twin, "tiled", twin if layout.tiled is layout else _moved(layout.tiled, device))
     with torch.inference_mode(False):
         for field in dc.fields(Layout):
+            if field.name == "tiled":
+                continue
             value = getattr(layout, field.name)
             object.__setattr__(twin, field.name, value.to(device) if isinstance(value, Tensor) else value)
     return twin
 
 
 def _tiled(layout: Layout) -> Layout:
+    """The same order with one block per tile; the layout itself when that is what it has."""
     n = layout.blocks_per_tile
+    if n == 1:
+        return layout
     values = _fields(layout)
     values |= {
         "block": layout.block * n,
@@ -278,7 +288,9 @@ def _assemble(grid: Grid, runs: list[_Run], block: int, per_tile: int, key: tupl
 
 
 def _text_runs(grid: Grid, capacity: int) -> tuple[list[_Run], list[_Run]]:
-    before, after, seen = [], [], 0
+    before: list[_Run] = []
+    after: list[_Run] = []
+    seen = 0
     for segment, first, stop in grid.segments():
         if segment is not Segment.TEXT:
             continue
@@ -297,7 +309,7 @@ def _tile_tables(grid: Grid, tile: tuple[int, int, int], block: int) -> dict[str
         before, after = _text_runs(grid, block * per_tile)
         video = []
         for frames, segment in (
-            (range(0, grid.condition_frames), Segment.CONDITION),
+            (range(grid.condition_frames), Segment.CONDITION),
             (range(grid.condition_frames, grid.t), Segment.VIDEO),
         ):
             starts = (frames[:: tile[0]], range(0, grid.h, tile[1]), range(0, grid.w, tile[2]))
@@ -345,7 +357,7 @@ class TileLayout(Layout):
     """
 
     def __init__(self, grid: Grid, *, tile: tuple[int, int, int] = (4, 4, 4), block: int | None = None) -> None:
-        if len(tile) != 3:
+        if not isinstance(tile, tuple | list) or len(tile) != 3:
             raise ValueError(f"tile must be three positive integers (frames, rows, columns), got {tile!r}")
         tile = (_positive("tile[0]", tile[0]), _positive("tile[1]", tile[1]), _positive("tile[2]", tile[2]))
         tables = _tile_tables(grid, tile, math.prod(tile) if block is None else _positive("block", block))

@@ -1,132 +1,27 @@
-"""plan, apply, Patch: find the attention sites of a model, check everything, only then change it, and undo it exactly."""
+"""apply and Patch: check every attention site of a model, only then change it, and undo it exactly."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses as dc
 import functools
-import importlib
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vsparse import adapter, backend
-from vsparse.cost import AttentionCost, attention_cost
-from vsparse.geometry import Grid
-from vsparse.layouts import Layout
-from vsparse.methods import Method, Site, SparseAttention, get_method
-from vsparse.runtime import Reading, Runtime, StepSource, Tracker, kernel_reasons
+from vsparse import adapter
+from vsparse.host import Claim, HostAdapter, Root, find_roots, hosts
+from vsparse.methods import Method, SparseAttention
+from vsparse.planning import Plan, make_plan, resolve_method, resolve_schedule
+from vsparse.runtime import Runtime, Tracker
 from vsparse.schedule import Schedule
 
-__all__ = ["Claim", "HostAdapter", "Patch", "Plan", "Root", "apply", "load", "patch_of", "plan"]
+__all__ = ["Patch", "apply", "load", "patch_of"]
 
-# Host adapters, imported by name on first use: a host that is not installed costs nothing.
-_HOSTS = ("vsparse.integrations.diffusers",)
 _ATTRIBUTE = "_vsparse"
-
-
-@dc.dataclass(frozen=True, kw_only=True, eq=False)
-class Claim:
-    """One attention module that a host adapter offers: its site, the module, and why it cannot be patched."""
-
-    site: Site
-    module: nn.Module
-    reasons: tuple[str, ...] = ()
-
-
-@dc.dataclass(frozen=True, kw_only=True, eq=False)
-class Root:
-    """One model of a target: its name there, the module, its claims."""
-
-    name: str
-    module: nn.Module
-    claims: tuple[Claim, ...]
-
-
-class HostAdapter(Protocol):
-    """What `apply` needs from a host library. A host is a module with these functions."""
-
-    def roots(self, target: object) -> list[Root] | None:
-        """The models of a target with their claims, or None when the target is none of this host's."""
-
-    def known(self) -> list[str]:
-        """Names of the models that this host can patch, for messages."""
-
-    def bind(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Arguments of a root's forward by name."""
-
-    def read(self, module: nn.Module, arguments: Mapping[str, Any]) -> Reading:
-        """What a forward's arguments say."""
-
-    def grid(self, target: object, root: Root, height: int, width: int, num_frames: int) -> Grid:
-        """The lattice for a size in pixels."""
-
-    def source(self, target: object, roots: Sequence[Root]) -> StepSource:
-        """Where denoising steps and branches are heard."""
-
-    def install(self, claim: Claim, sparse: SparseAttention) -> Callable[[], None]:
-        """Route a module's attention through ``sparse``; returns the undo."""
-
-    def uninstall(self, module: nn.Module, sparse: SparseAttention) -> None:
-        """Undo `install` in a copied root, from what the copy carries."""
-
-    def intact(self, module: nn.Module, sparse: SparseAttention) -> str | None:
-        """Why a site of a root no longer runs our code, or None."""
-
-    def listen(self, root: Root, runtime: Runtime) -> Callable[[], None]:
-        """Hear steps and saves of one root; returns the undo."""
-
-    def unlisten(self, module: nn.Module) -> None:
-        """Undo `listen` in a copied root."""
-
-    def placement(self, module: nn.Module) -> tuple[torch.device, torch.dtype]:
-        """Device and compute dtype for parameters that are added to an attention module."""
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What `apply` would do.
-
-    Args:
-        method, schedule: What would be applied. sites: claimed sites, all roots. skipped: site name -> reasons.
-        new_parameters: Parameters that the method adds. kernel: implementation that would run, or None.
-        grid, density, cost, state_bytes: For the given size; None without one.
-    """
-
-    method: Method
-    schedule: Schedule
-    sites: tuple[Site, ...]
-    skipped: Mapping[str, tuple[str, ...]]
-    new_parameters: int
-    kernel: str | None
-    grid: Grid | None = None
-    density: float | None = None
-    cost: AttentionCost | None = None
-    state_bytes: int | None = None
-
-    def __str__(self) -> str:
-        rows = [
-            f"method           {self.method}",
-            f"schedule         {self.schedule}",
-            f"attention sites  {len(self.sites)}" + (f", {len(self.skipped)} skipped" if self.skipped else ""),
-            f"kernel           {self.kernel or 'none'}",
-            f"new parameters   {self.new_parameters:,}",
-        ]
-        if self.grid is not None and self.cost is not None:
-            g, cost = self.grid, self.cost
-            rows += [
-                f"grid             {g.t} x {g.h} x {g.w} = {g.video:,} tokens" + (f" + {g.text} text" if g.text else ""),
-                f"density          {self.density:.4f} in a sparse call, {cost.density:.4f} over all calls",
-                f"attention FLOPs  {cost.sparse:.3e} of {cost.dense:.3e} dense ({cost.sparse / cost.dense:.1%}), "
-                f"search {cost.search:.3e}",
-                f"state            {(self.state_bytes or 0) / 2**20:.1f} MiB per branch",
-            ]
-        rows += [f"skipped          {name}: {'; '.join(why)}" for name, why in self.skipped.items()]
-        return "\n".join(rows)
 
 
 class Patch:
@@ -268,23 +163,25 @@ def apply(
         ValueError: unknown method or option, a value out of range, nothing to patch, already patched.
         NotImplementedError: a site cannot be patched (strict).
     """
-    method = _method(method, overrides)
-    schedule = method.default_schedule if schedule is None else _schedule(schedule)
-    host, roots = _find(target)
+    method = resolve_method(method, overrides)
+    schedule = resolve_schedule(method, schedule)
+    host, roots = find_roots(target)
     for root in roots:
         if _ATTRIBUTE in root.module.__dict__:
             raise ValueError(
                 f"{root.name} is already patched with {root.module.__dict__[_ATTRIBUTE].method.key!r}: "
                 "call vsparse.patch_of(model).remove() first"
             )
-    made = _plan(host, roots, method, schedule)
+    made = make_plan(host, roots, method, schedule)
     if made.skipped and strict:
         rows = [f"{name}: {'; '.join(why)}" for name, why in made.skipped.items()]
-        raise NotImplementedError(f"cannot patch {type(target).__name__} with {method.key!r}:\n  - " + "\n  - ".join(rows))
+        raise NotImplementedError(
+            f"cannot patch {type(target).__name__} with {method.key!r}:\n  - " + "\n  - ".join(rows)
+        )
     tracker = Tracker(None)
     undo: list[Callable[[], None]] = []
     try:
-        tracker.source = host.source(target, roots)
+        tracker.source = host.source(target)
         runtimes = [_install(host, root, made, tracker, strict, undo) for root in roots]
     except BaseException:
         for step in reversed(undo):
@@ -293,7 +190,7 @@ def apply(
     for runtime in runtimes:
         runtime.siblings = runtimes
     patch = Patch(made, runtimes, tracker, undo)
-    _PATCHES.update({runtime: patch for runtime in runtimes})
+    _PATCHES.update(dict.fromkeys(runtimes, patch))
     return patch
 
 
@@ -341,143 +238,6 @@ def _build(host: HostAdapter, method: Method, schedule: Schedule, claim: Claim) 
     return sparse
 
 
-def plan(
-    target: object,
-    method: str | Method,
-    /,
-    *,
-    height: int | None = None,
-    width: int | None = None,
-    num_frames: int | None = None,
-    steps: int | None = None,
-    batch: int = 1,
-    schedule: Schedule | None = None,
-    **overrides: Any,
-) -> Plan:
-    """What `apply` would do, without touching the target.
-
-    Args:
-        target, method, schedule, **overrides: As of `apply`.
-        height, width, num_frames: Video size in pixels and frames; all three, or none. With them the plan predicts
-            density, FLOPs and state.
-        steps: Denoising steps; needed when the schedule depends on them. batch: samples, CFG branches included.
-
-    Raises:
-        ValueError: as of `apply`, or a size that is incomplete.
-    """
-    method = _method(method, overrides)
-    schedule = method.default_schedule if schedule is None else _schedule(schedule)
-    host, roots = _find(target)
-    made = _plan(host, roots, method, schedule)
-    sizes = {"height": height, "width": width, "num_frames": num_frames}
-    if all(value is None for value in sizes.values()):
-        return made
-    if height is None or width is None or num_frames is None:
-        missing = ", ".join(name for name, value in sizes.items() if value is None)
-        raise ValueError(f"plan: give height, width and num_frames together; missing: {missing}")
-    if steps is None and schedule.needs_steps:
-        raise ValueError("plan: this schedule depends on the denoising steps; give steps")
-    grid = host.grid(target, roots[0], height, width, num_frames)
-    # Experts share one step axis: each forward runs one root, so one root's sites are the cost of a step.
-    layouts: dict[int, Layout] = {}
-    for claim in roots[0].claims:
-        layouts[claim.site.layer] = method.layout(grid, claim.site)
-    sites = [(claim.site, layouts[claim.site.layer]) for claim in roots[0].claims]
-    return dc.replace(
-        made,
-        grid=grid,
-        density=sum(method.predicted_density(layout) for _, layout in sites) / len(sites),
-        cost=attention_cost(method, schedule, sites, steps=steps, batch=batch),
-        state_bytes=sum(_state_bytes(method, layout, site, batch) for site, layout in sites),
-    )
-
-
-def _state_bytes(method: Method, layout: Layout, site: Site, batch: int) -> int:
-    specs = method.state(layout, site, batch).values()
-    return sum(torch.Size(shape).numel() * torch.empty(0, dtype=dtype).element_size() for shape, dtype in specs)
-
-
-def _plan(host: HostAdapter, roots: list[Root], method: Method, schedule: Schedule) -> Plan:
-    skipped: dict[str, tuple[str, ...]] = {}
-    sites, kernel, parameters = [], None, 0
-    for root in roots:
-        _check_layers(schedule, root)
-        for claim in root.claims:
-            why = list(claim.reasons)
-            missing = sorted(method.requires - claim.site.offers)
-            if missing:
-                why.append(f"{method.key} needs {', '.join(missing)}, which {claim.site.host} does not offer")
-            name, device, dtype = _kernel(host, method, claim) if not why else (None, None, None)
-            if name is None and not why and device is not None and dtype is not None:
-                grid = Grid(t=2, h=8, w=8)
-                layout = method.layout(grid, claim.site)
-                why += kernel_reasons(layout, claim.site.heads, claim.site.head_dim, dtype, device)
-            if why:
-                skipped[f"{root.name}.{claim.site.name}"] = tuple(why)
-                continue
-            kernel = name or kernel
-            sites.append(claim.site)
-            with torch.device("meta"):
-                parameters += sum(p.numel() for p in method.build(claim.site).parameters())
-    return Plan(
-        method=method,
-        schedule=schedule,
-        sites=tuple(sites),
-        skipped=skipped,
-        new_parameters=parameters,
-        kernel=kernel,
-    )
-
-
-def _kernel(host: HostAdapter, method: Method, claim: Claim) -> tuple[str | None, torch.device, torch.dtype]:
-    """Name of the implementation for a site, None when none can run it."""
-    device, dtype = host.placement(claim.module)
-    device = torch.device("cpu") if device.type == "meta" else device
-    if method.default_schedule.dense_steps >= 1.0:
-        return "host", device, dtype
-    layout = method.layout(Grid(t=2, h=8, w=8), claim.site)
-    if kernel_reasons(layout, claim.site.heads, claim.site.head_dim, dtype, device):
-        return None, device, dtype
-    return backend.implementations("block_sparse_attention", device.type)[0].name, device, dtype
-
-
-def _check_layers(schedule: Schedule, root: Root) -> None:
-    chosen, layers = schedule.dense_layers, len(root.claims)
-    worst = chosen if isinstance(chosen, int) else max(chosen, default=-1) + 1
-    if worst > layers:
-        raise ValueError(f"schedule: dense_layers={chosen!r}, but {root.name} has {layers} attention layers")
-
-
-def _method(method: str | Method, overrides: Mapping[str, Any]) -> Method:
-    if isinstance(method, str):
-        method = get_method(method)()
-    if not isinstance(method, Method):
-        raise ValueError(f"method must be a registry key or a vsparse Method, got {type(method).__name__}: {method!r}")
-    return method.replace(**overrides) if overrides else method
-
-
-def _schedule(schedule: object) -> Schedule:
-    if not isinstance(schedule, Schedule):
-        raise ValueError(f"schedule must be a vsparse.Schedule, got {type(schedule).__name__}")
-    return schedule
-
-
-def _find(target: object) -> tuple[HostAdapter, list[Root]]:
-    known: list[str] = []
-    for name in _HOSTS:
-        host: Any = importlib.import_module(name)
-        roots = host.roots(target)
-        if roots is not None:
-            if not any(root.claims for root in roots):
-                raise ValueError(f"{type(target).__name__} has no attention module that vsparse knows")
-            return host, roots
-        known += host.known()
-    raise ValueError(
-        f"vsparse cannot patch {type(target).__module__}.{type(target).__name__}: it is no pipeline or model of a known "
-        f"family. Known models: {', '.join(known)}"
-    )
-
-
 def patch_of(model: nn.Module) -> Patch | None:
     """The patch of a model, or None. A deepcopy of a patched model is patched, too, with a patch of its own."""
     runtime = getattr(model, "__dict__", {}).get(_ATTRIBUTE)
@@ -490,7 +250,7 @@ def patch_of(model: nn.Module) -> Patch | None:
 
 def _adopt(model: nn.Module, runtime: Runtime) -> Patch:
     """A patch for a copied model: its undo is rebuilt from what the copy carries."""
-    (host,) = (importlib.import_module(name) for name in _HOSTS)
+    (host,) = hosts()
     runtime.siblings = [runtime]
     sites = tuple(sparse.site for sparse in runtime.sites)
     added = sum(p.numel() for sparse in runtime.sites for p in sparse.parameters())
@@ -531,7 +291,7 @@ def load(target: object, directory: str | os.PathLike[str], /, *, strict: bool =
         ValueError: not an adapter, damaged, or made for other sites. Nothing is changed then.
     """
     stored = adapter.read(directory)
-    _, roots = _find(target)
+    _, roots = find_roots(target)
     patch = patch_of(roots[0].module)
     fresh = patch is None
     if patch is None:

@@ -174,7 +174,9 @@ def _sink(block: Tensor, blocking: Blocking) -> Tensor:
     return torch.where(block < 0, blocking.blocks, block)
 
 
-def search_attention(q: Tensor, k: Tensor, v: Tensor, blocking: Blocking, *, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def search_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocking: Blocking, *, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Dense attention, its LSE, and the exact block mass. Returns ``(out, lse, mass)`` of the functions above."""
     out, lse = block_sparse_attention(q, k, v, BlockMap.full(blocking), scale=scale)
     return out, lse, block_mass(q, k, lse, blocking, blocking, scale=scale)

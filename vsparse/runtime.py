@@ -1,4 +1,4 @@
-"""What happens around one forward of a patched model: which call it is, the phase of every site, undo for recomputation."""
+"""What happens around one forward of a patched model: which call it is, and the phase and state of every site."""
 
 from __future__ import annotations
 
@@ -98,8 +98,9 @@ class Tracker:
             raise RuntimeError("step: open `with patch.generation(num_steps)` around the loop first")
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < self._steps:
             raise ValueError(f"step: i must be an integer in [0, num_steps={self._steps}), got {i!r}")
-        before, self._explicit = self._explicit, Where(
-            step=i, steps=self._steps, branch=branch, generation=("explicit", self._generation)
+        before, self._explicit = (
+            self._explicit,
+            Where(step=i, steps=self._steps, branch=branch, generation=("explicit", self._generation)),
         )
         try:
             yield
@@ -215,7 +216,6 @@ class Runtime:
             call = calls.get(layout.key)
             if call is None:
                 call = calls[layout.key] = Call(
-                    grid=reading.grid,
                     layout=layout,
                     blocking=layout.bind(reading.text_length),
                     text_length=reading.text_length,
@@ -253,8 +253,8 @@ class Runtime:
             )
         if self.method.state_phases and where.branch is None and where.step is not None and repeats[branch] > 1:
             raise ValueError(
-                f"{self.name}: two calls in step {where.step}, and nothing tells their CFG branches apart; wrap each in "
-                '`with patch.step(i, branch="cond")` or branch="uncond"'
+                f"{self.name}: two calls in step {where.step}, and nothing tells their CFG branches apart; wrap "
+                'each in `with patch.step(i, branch="cond")` or branch="uncond"'
             )
         self._seen = (where.generation, where.step, repeats)
         for other in self.siblings:
@@ -377,7 +377,7 @@ def _on_backward(output: Any, record: _Record) -> None:
     for value in tensors:
         if isinstance(value, Tensor) and value.requires_grad:
 
-            def restore(gradient: Tensor) -> None:
+            def restore(_: Tensor) -> None:
                 record.restore()
 
             value.register_hook(restore)
@@ -394,9 +394,7 @@ def site_dtype(module: nn.Module) -> torch.dtype:
 _COMPUTE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def kernel_reasons(
-    layout: Layout, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> list[str]:
+def kernel_reasons(layout: Layout, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> list[str]:
     """Why the attention op cannot run a layout on a device; asks the implementations about tensors without data."""
     meta = layout.to("meta") if layout.length.device.type != "meta" else layout
     blocking = Blocking(length=meta.length, block=meta.block, start=meta.start)

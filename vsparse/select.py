@@ -145,9 +145,7 @@ def head_global(
     place = flat.argsort(dim=-1, descending=True, stable=True)
     chosen = torch.arange(flat.shape[-1], device=scores.device) < budget(density, flat.shape[-1])[..., None]
     keep = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, place, chosen.expand_as(place)).view_as(ranked)
-    return _finish(
-        (keep | top_k(scores, q, k, count=least).to_mask()) & (ranked > -torch.inf), exempt, q, k, None
-    )
+    return _finish((keep | top_k(scores, q, k, count=least).to_mask()) & (ranked > -torch.inf), exempt, q, k, None)
 
 
 def expand_tiles(tiles: BlockMap, blocking: Blocking) -> BlockMap:

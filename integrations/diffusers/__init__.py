@@ -1,22 +1,23 @@
-"""The diffusers host: which models, which modules, how they are entered and left. Implements `vsparse.patch.HostAdapter`."""
+"""The diffusers host: which models and modules, how they are entered and left (`vsparse.host.HostAdapter`)."""
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from vsparse.geometry import Grid
+from vsparse.host import Claim, Root
 from vsparse.methods import Site, SparseAttention
-from vsparse.patch import Claim, Root
 from vsparse.runtime import Reading, Runtime, StepSource
 
 from . import processors
 from .hosts import HOSTS, Host, host_of
-from .tracking import DiffusersSteps, Listener, unlisten
+from .tracking import DiffusersSteps, Listener, detach
 
 __all__ = [
     "bind",
@@ -99,10 +100,10 @@ def grid(target: object, root: Root, height: int, width: int, num_frames: int) -
     spatial = int(getattr(target, "vae_scale_factor_spatial", host.vae[1]))
     t, h, w = host.patch(root.module)
     frames = (num_frames - 1) // temporal + 1
-    return host.grid(root.module, -(-frames // t), height // spatial // h, width // spatial // w)
+    return host.grid(-(-frames // t), height // spatial // h, width // spatial // w)
 
 
-def source(target: object, roots: Sequence[Root]) -> StepSource:
+def source(target: object) -> StepSource:
     """Steps from the cache context and, for a pipeline, its scheduler."""
     return DiffusersSteps(None if isinstance(target, nn.Module) else target)
 
@@ -124,7 +125,14 @@ def intact(module: nn.Module, sparse: SparseAttention) -> str | None:
 
 def listen(root: Root, runtime: Runtime) -> Callable[[], None]:
     """Hear cache contexts, the end of a run, and saves of one root."""
-    return Listener.attach(root.module, runtime)
+    Listener.attach(root.module, runtime)
+    return functools.partial(unlisten, root.module)
+
+
+def unlisten(module: nn.Module) -> None:
+    """Undo `listen`, in a copied root too."""
+    detach(module)
+    processors.forget(module)
 
 
 def placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:

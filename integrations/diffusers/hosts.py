@@ -13,7 +13,25 @@ from torch import Tensor, nn
 from vsparse.geometry import Grid
 from vsparse.runtime import Reading
 
-__all__ = ["HOSTS", "Host", "host_of"]
+__all__ = ["HOSTS", "Host", "Text", "host_of"]
+
+
+@dc.dataclass(frozen=True, kw_only=True, eq=False)
+class Text:
+    """Joint text of one forward.
+
+    Args:
+        slots: Text tokens, padding included. length: ``[B]`` int32 valid ones (a prefix), None when none is padded.
+        source: The tensors that ``length`` follows from.
+    """
+
+    slots: int
+    length: Tensor | None = None
+    source: tuple[Tensor, ...] = ()
+
+
+def _no_text(_: Mapping[str, Any]) -> Text:
+    return Text(slots=0)
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -24,7 +42,7 @@ class Host:
         family: Name of the row. models: class names of its roots.
         paths: Patterns of the attention modules' dotted names, in the order in which the layers run.
         processors: Class names of the stock processors whose code is known.
-        text: Where text stands in the self-attention. lengths: reads ``[B]`` text lengths off a forward's arguments.
+        side: Where text stands in the self-attention. text: reads it off a forward's arguments.
         patch: Reads the patch size (frames, rows, columns). latent: axes of t, h, w in the hidden states.
         vae: Usual compression in time and space.
         pipelines: Pipelines it is tested with, for the documentation.
@@ -35,8 +53,8 @@ class Host:
     paths: tuple[str, ...]
     processors: tuple[str, ...]
     patch: Callable[[nn.Module], tuple[int, int, int]]
-    text: Literal["none", "before", "after"] = "none"
-    lengths: Callable[[Mapping[str, Any]], tuple[Tensor, ...]] | None = None
+    side: Literal["none", "before", "after"] = "none"
+    text: Callable[[Mapping[str, Any]], Text] = _no_text
     latent: tuple[int, int, int] = (2, 3, 4)
     vae: tuple[int, int] = (4, 8)
     pipelines: tuple[str, ...] = ()
@@ -50,10 +68,10 @@ class Host:
             found += [(name, x) for name, x in named.items() if pattern.fullmatch(name)]
         return found
 
-    def grid(self, module: nn.Module, t: int, h: int, w: int, text: int = 0) -> Grid:
+    def grid(self, t: int, h: int, w: int, text: int = 0) -> Grid:
         """The lattice with this family's text."""
-        side = {"none": {}, "before": {"text_before": text}, "after": {"text_after": text}}[self.text]
-        return Grid(t=t, h=h, w=w, **side)
+        before, after = (text if self.side == side else 0 for side in ("before", "after"))
+        return Grid(t=t, h=h, w=w, text_before=before, text_after=after)
 
     def read(self, module: nn.Module, arguments: Mapping[str, Any]) -> Reading:
         """Grid, batch and text lengths of one forward."""
@@ -61,18 +79,14 @@ class Host:
         if not isinstance(hidden, Tensor) or hidden.ndim != 5:
             shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
             raise ValueError(f"{type(module).__name__}: hidden_states must be a 5-D latent, got {shape}")
-        sizes = [hidden.shape[axis] // step for axis, step in zip(self.latent, self.patch(module), strict=True)]
-        text = 0 if self.text == "none" else arguments["encoder_hidden_states"].shape[1]
-        masks = () if self.lengths is None else self.lengths(arguments)
-        length = None
-        if masks:
-            length = torch.stack([mask.ne(0).sum(1, dtype=torch.int32) for mask in masks]).sum(0, dtype=torch.int32)
+        t, h, w = [hidden.shape[axis] // step for axis, step in zip(self.latent, self.patch(module), strict=True)]
+        text = self.text(arguments)
         return Reading(
-            grid=self.grid(module, *sizes, text=text),
+            grid=self.grid(t, h, w, text=text.slots),
             batch=hidden.shape[0],
             device=hidden.device,
-            text_length=length,
-            text_source=masks,
+            text_length=text.length,
+            text_source=text.source,
         )
 
 
@@ -86,8 +100,27 @@ def _two(module: nn.Module) -> tuple[int, int, int]:
     return config.patch_size_t or 1, config.patch_size, config.patch_size
 
 
-def _encoder_mask(arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    return (arguments["encoder_attention_mask"],)
+def _valid(mask: Tensor) -> Tensor:
+    return mask.ne(0).sum(1, dtype=torch.int32)
+
+
+def _padded(arguments: Mapping[str, Any]) -> Text:
+    mask = arguments["encoder_attention_mask"]
+    return Text(slots=arguments["encoder_hidden_states"].shape[1], length=_valid(mask), source=(mask,))
+
+
+def _unpadded(arguments: Mapping[str, Any]) -> Text:
+    return Text(slots=arguments["encoder_hidden_states"].shape[1])
+
+
+def _three_streams(arguments: Mapping[str, Any]) -> Text:
+    """HunyuanVideo 1.5 sorts image, byT5 and MLLM tokens valid-first; an all-zero image counts as invalid."""
+    names = ("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
+    streams = [arguments[name] for name in names]
+    masks = (arguments["encoder_attention_mask"], arguments["encoder_attention_mask_2"])
+    image = streams[2]
+    length = _valid(masks[0]) + _valid(masks[1]) + image.ne(0).any().to(torch.int32) * image.shape[1]
+    return Text(slots=sum(x.shape[1] for x in streams), length=length, source=(*masks, image))
 
 
 HOSTS: tuple[Host, ...] = (
@@ -105,9 +138,31 @@ HOSTS: tuple[Host, ...] = (
         paths=(r"transformer_blocks\.\d+\.attn", r"single_transformer_blocks\.\d+\.attn"),
         processors=("HunyuanVideoAttnProcessor2_0",),
         patch=_two,
-        text="after",
-        lengths=_encoder_mask,
+        side="after",
+        text=_padded,
         pipelines=("HunyuanVideoPipeline",),
+    ),
+    Host(
+        family="hunyuan_video15",
+        models=("HunyuanVideo15Transformer3DModel",),
+        paths=(r"transformer_blocks\.\d+\.attn",),
+        processors=("HunyuanVideo15AttnProcessor2_0",),
+        patch=_two,
+        side="after",
+        text=_three_streams,
+        vae=(4, 16),
+        pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
+    ),
+    Host(
+        family="cogvideox",
+        models=("CogVideoXTransformer3DModel",),
+        paths=(r"transformer_blocks\.\d+\.attn1",),
+        processors=("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"),
+        patch=_two,
+        side="before",
+        text=_unpadded,
+        latent=(1, 3, 4),
+        pipelines=("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline"),
     ),
 )
 

@@ -22,7 +22,7 @@ from vsparse.methods import SparseAttention
 
 from .hosts import Host
 
-__all__ = ["install", "intact", "reasons", "uninstall"]
+__all__ = ["forget", "install", "intact", "reasons", "uninstall"]
 
 _CHILD, _STOCK = "vsparse", "_vsparse_stock"
 
@@ -45,18 +45,18 @@ def _slot() -> _Slot:
 
 
 def _enter(attn: nn.Module, hidden_states: Tensor) -> None:
-    site = attn._modules.get(_CHILD)
-    _slot().site = site  # type: ignore[assignment]
+    site: Any = attn._modules.get(_CHILD)
+    _slot().site = site
     if site is not None:
-        site.hidden = hidden_states  # type: ignore[assignment]
+        site.hidden = hidden_states
 
 
 def _leave(attn: nn.Module) -> None:
     _slot().site = None
-    site = attn._modules.get(_CHILD)
+    site: Any = attn._modules.get(_CHILD)
     if site is not None:
-        site.hidden = None  # type: ignore[assignment]
-        site.ran = True  # type: ignore[assignment]
+        site.hidden = None
+        site.ran = True
 
 
 # Attention.forward passes only the arguments that `__call__` names, so the names must be stock's.
@@ -91,8 +91,36 @@ def _call_image_rotary_emb(
 _CALLS = {tuple(inspect.signature(f).parameters): f for f in (_call_rotary_emb, _call_image_rotary_emb)}
 
 
+class _TextMask:
+    """Stands for the mask that a stock processor would build over all pairs of tokens.
+
+    HunyuanVideo 1.5 pads its text mask and spreads it to ``[B, 1, N, N]`` in every layer, 2.5 GiB each at 480p. The
+    text lengths of the call say the same; so the steps of that spreading return this object, and nothing is built.
+    """
+
+    def bool(self) -> _TextMask:
+        return self
+
+    def view(self, *shape: int) -> _TextMask:
+        return self
+
+    def repeat(self, *times: int) -> _TextMask:
+        return self
+
+    def transpose(self, *axes: int) -> _TextMask:
+        return self
+
+    def __and__(self, other: object) -> _TextMask:
+        return self
+
+
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dense: Callable[..., Tensor], odd: list[str]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | _TextMask | None,
+    dense: Callable[..., Tensor],
+    odd: list[str],
 ) -> Tensor:
     """Attention of the running site; q, k, v and the result are ``[B, N, H, D]``."""
     site = _slot().site
@@ -100,12 +128,14 @@ def _attend(
         return dense(query, key, value, mask)
     call, tokens = site.call, site.call.grid.tokens
     if odd:
-        raise NotImplementedError(f"{site.site.name}: the host asks for {', '.join(odd)}, which vsparse does not honour")
+        raise NotImplementedError(
+            f"{site.site.name}: the host asks for {', '.join(odd)}, which vsparse does not honour"
+        )
     if query.shape[1] != tokens or key.shape[1] != tokens:
         raise ValueError(
             f"{site.site.name}: attention over {query.shape[1]} x {key.shape[1]} tokens, but {call.grid} has {tokens}"
         )
-    if mask is not None:
+    if isinstance(mask, Tensor):
         known = call.text_length is not None and mask.dtype == torch.bool and mask.shape[1:] == (1, 1, tokens)
         if not known:
             raise ValueError(
@@ -113,11 +143,14 @@ def _attend(
                 "the bool [B, 1, 1, N] mask that hides padded text"
             )
     if site.phase == "dense":
-        if mask is not None and call.trim is not None:
-            size = call.trim.shape[0]
-            key, value = key[:, :size], value[:, :size]
-            mask = None if query.shape[0] == 1 else mask[..., :size]
-        return dense(query, key, value, mask)
+        if mask is None or call.trim is None or call.text_length is None:
+            return dense(query, key, value, mask)
+        size = call.trim.shape[0]
+        valid = None
+        if query.shape[0] > 1:
+            last = call.grid.video + call.text_length
+            valid = (torch.arange(size, device=query.device) < last[:, None])[:, None, None]
+        return dense(query, key[:, :size], value[:, :size], valid)
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -173,13 +206,27 @@ def _odd(dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: boo
 
 
 class _Functional:
-    """``torch.nn.functional`` with our stand-in for ``scaled_dot_product_attention`` (layout ``[B, H, N, D]``)."""
+    """``torch.nn.functional`` as a stock processor sees it."""
 
     def __init__(self, stock: types.ModuleType) -> None:
         self._stock = stock
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stock, name)
+
+
+class _TextMaskFunctional(_Functional):
+    """With a ``pad`` that does not pad the text mask of a patched site."""
+
+    def pad(self, mask: Tensor, pad: tuple[int, int], *, value: bool) -> Tensor | _TextMask:
+        site = _slot().site
+        if site is None or site.call is None:
+            return self._stock.pad(mask, pad, value=value)  # type: ignore[no-any-return]
+        return _TextMask()
+
+
+class _AttentionFunctional(_Functional):
+    """With our stand-in for ``scaled_dot_product_attention`` (layout ``[B, H, N, D]``)."""
 
     def scaled_dot_product_attention(
         self,
@@ -219,10 +266,13 @@ def _rebound(stock: type) -> type:
     module = types.ModuleType(name)
     module.__dict__.update(call.__globals__)
     module.__dict__["__name__"] = name
+    functional = call.__globals__["F"]
     if _hook_point(stock) == "dispatch_attention_fn":
         module.__dict__["dispatch_attention_fn"] = _dispatch(call.__globals__["dispatch_attention_fn"])
+        if "pad" in call.__code__.co_names:
+            module.__dict__["F"] = _TextMaskFunctional(functional)
     else:
-        module.__dict__["F"] = _Functional(call.__globals__["F"])
+        module.__dict__["F"] = _AttentionFunctional(functional)
     sys.modules[name] = module
     inner = types.FunctionType(call.__code__, module.__dict__, call.__name__, call.__defaults__, call.__closure__)
     inner.__kwdefaults__ = call.__kwdefaults__
@@ -268,7 +318,8 @@ def reasons(attention: nn.Module, host: Host) -> list[str]:
 def install(attention: nn.Module, sparse: SparseAttention) -> Callable[[], None]:
     """Attach ``sparse`` and route the module's attention through it; returns the undo."""
     stock: Any = attention.processor
-    processor = object.__new__(_rebound(type(stock)))
+    kind: Any = type(stock)
+    processor: Any = object.__new__(_rebound(kind))
     processor.__dict__.update(stock.__dict__)
     processor.__dict__[_STOCK] = stock
     attention.add_module(_CHILD, sparse)
@@ -285,6 +336,13 @@ def uninstall(attention: nn.Module) -> None:
             stock._attention_backend = chosen
         attention.processor = stock
     attention._modules.pop(_CHILD, None)
+
+
+def forget(root: nn.Module) -> None:
+    """Take our processors out of what ``fuse_qkv_projections`` put aside, so that unfusing brings stock ones back."""
+    aside: dict[str, Any] = getattr(root, "original_attn_processors", None) or {}
+    for name, processor in aside.items():
+        aside[name] = processor.__dict__.get(_STOCK, processor)
 
 
 def intact(attention: nn.Module, sparse: SparseAttention) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vsparse.runtime import Runtime, Where
 
-__all__ = ["DiffusersSteps", "Listener", "unlisten"]
+__all__ = ["DiffusersSteps", "Listener", "detach"]
 
 logger = logging.getLogger("vsparse")
 
@@ -63,12 +63,11 @@ class Listener:
         functools.update_wrapper(self, getattr(type(module), name), updated=())
 
     @classmethod
-    def attach(cls, module: nn.Module, runtime: Runtime) -> Callable[[], None]:
-        """Shadow the methods that the module has; returns the undo."""
+    def attach(cls, module: nn.Module, runtime: Runtime) -> None:
+        """Shadow the methods that the module has."""
         for name in cls.names:
             if hasattr(type(module), name):
                 module.__dict__[name] = cls(module, runtime, name)
-        return functools.partial(unlisten, module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stock = functools.partial(getattr(type(self.module), self.name), self.module)
@@ -123,7 +122,7 @@ class _Fields:
         self.__dict__.update(values)
 
 
-def unlisten(module: nn.Module) -> None:
+def detach(module: nn.Module) -> None:
     """Delete the shadows of a root, a copied one included."""
     for name in Listener.names:
         if isinstance(module.__dict__.get(name), Listener):

@@ -1,4 +1,4 @@
-"""Pictures of a layout (which block each token sits in) and of a block map (which key blocks each query block keeps)."""
+"""Pictures of a layout (the block of each token) and of a block map (the key blocks that each query block keeps)."""
 
 from __future__ import annotations
 
@@ -48,34 +48,35 @@ def draw_layout(path: str | os.PathLike[str], layout: Layout, *, title: str = "l
     length = layout.length[0, 0].cpu()
     ragged = length < layout.block
     video = block[grid.text_before : grid.text_before + grid.video].view(grid.t, grid.h, grid.w)
+    numbers = layout.blocks <= MOST_NUMBERS
     shown = min(grid.t, frames)
-    columns = min(shown, 4)
+    columns = shown if shown <= 5 else 3 if shown == 6 else 4
     rows = math.ceil(shown / columns)
-    side = 3.1
-    tall = side * min(2.0, max(0.45, grid.h / grid.w))
-    strip = 0.85 if grid.text else 0.0
-    width, height = columns * (side + 0.35) + 0.6, 1.5 + rows * (tall + 0.55) + strip + 0.75
+    side = 2.6 if columns == 5 else 3.1
+    tall, gap, head, foot = side * min(2.0, max(0.45, grid.h / grid.w)), 0.45, 1.2, 0.95
+    strip = 0.95 if grid.text else 0.0
+    width = max(6.4, columns * (side + 0.35) + 0.6)
+    height = head + rows * tall + (rows - 1) * gap + strip + foot
     figure = new_figure(width, height)
     _head(figure, width, height, title, _layout_facts(layout, int(ragged.sum()), shown))
     for i in range(shown):
         row, column = divmod(i, columns)
-        low = height - 1.5 - (row + 1) * tall - row * 0.55
+        low = height - head - (row + 1) * tall - row * gap
         axis = figure.add_axes(_place(0.5 + column * (side + 0.35), low, side, tall, width, height))
         kind = "conditioning frame" if i < grid.condition_frames else "latent frame"
-        _tokens(axis, video[i], ragged, numbers=layout.blocks <= MOST_NUMBERS)
+        _tokens(axis, video[i], ragged, numbers=numbers)
         axis.set_title(f"{kind} {i}", fontsize=9.5, color=INK, pad=4)
         axis.set_ylabel("row" if column == 0 else "", fontsize=8, color=FAINT)
-        axis.set_xlabel("column", fontsize=8, color=FAINT)
+        axis.set_xlabel("column" if row == rows - 1 else "", fontsize=8, color=FAINT)
     if grid.text:
-        axis = figure.add_axes(_place(0.5, 0.85, width - 1.0, 0.28, width, height))
+        axis = figure.add_axes(_place(0.5, foot - 0.05, width - 1.0, 0.28, width, height))
         before, after = block[: grid.text_before], block[grid.text_before + grid.video :]
-        _tokens(axis, torch.cat([before, after])[None], ragged, numbers=True)
+        _tokens(axis, torch.cat([before, after])[None], ragged, numbers=numbers)
         axis.set_yticks([])
-        where = " and ".join(
-            f"{n} {side_name} the video" for n, side_name in ((len(before), "before"), (len(after), "after")) if n
-        )
-        axis.set_title(f"text tokens: {where}", fontsize=9.5, color=INK, pad=4)
-    _legend(figure, [("a block (number: its index)", BLOCKS[0], None), ("a block that is not full", BLOCKS[0], "///")])
+        sides = [f"{len(x)} {name} the video" for x, name in ((before, "before"), (after, "after")) if len(x)]
+        axis.set_title(f"text tokens: {' and '.join(sides)}", fontsize=9.5, color=INK, pad=4)
+    full = ("a block and its index" if numbers else "a block", BLOCKS[0], None)
+    _legend(figure, [full, ("a block that is not full: padding in its slots", BLOCKS[0], "///")])
     return save_figure(figure, target)
 
 
@@ -110,17 +111,18 @@ def draw_block_map(
     rows = math.ceil(len(chosen) / columns)
     side = max(3.3, min(5.6, 7.0 / columns))
     tall = side * min(2.0, max(0.5, keep.shape[2] / keep.shape[3]))
-    width, height = columns * (side + 0.75) + 0.35, 1.35 + rows * (tall + 0.85) + 0.5
-    width = max(width, 6.4)
+    head, gap, foot = 1.2, 0.75, 0.95
+    width = max(6.4, columns * (side + 0.75) + 0.35)
+    height = head + rows * tall + (rows - 1) * gap + foot
     figure = new_figure(width, height)
     _head(figure, width, height, title, _map_facts(blocks, float(density.mean())))
-    for i, head in enumerate(chosen):
+    for i, number in enumerate(chosen):
         row, column = divmod(i, columns)
-        low = height - 1.35 - (row + 1) * tall - row * 0.85
+        low = height - head - (row + 1) * tall - row * gap
         axis = figure.add_axes(_place(0.65 + column * (side + 0.75), low, side, tall, width, height))
-        _cells(axis, keep[sample, head], kinds)
-        own = density[min(sample, density.shape[0] - 1), min(head, density.shape[1] - 1)]
-        name = names[i] if names is not None else f"head {head}"
+        _cells(axis, keep[sample, number], kinds)
+        own = density[min(sample, density.shape[0] - 1), min(number, density.shape[1] - 1)]
+        name = names[i] if names is not None else f"head {number}"
         axis.set_title(f"{name}   density {float(own):.3f}", fontsize=9.5, color=INK, pad=5)
         axis.set_xlabel("key block", fontsize=8.5, color=FAINT)
         axis.set_ylabel("query block" if column == 0 else "", fontsize=8.5, color=FAINT)
@@ -174,8 +176,8 @@ def _map_facts(blocks: BlockMap, density: float) -> str:
     low, high = int(count.min()), int(count.max())
     spread = f"{low}" if low == high else f"{low} to {high}"
     return (
-        f"{blocks.q.blocks} query blocks of {blocks.q.block} \u00d7 {blocks.k.blocks} key blocks of {blocks.k.block}; "
-        f"{spread} key blocks kept per row; executed density {density:.3f}, mean over heads (share of valid token pairs)"
+        f"{blocks.q.blocks} query blocks of {blocks.q.block} \u00d7 {blocks.k.blocks} key blocks of {blocks.k.block} "
+        f"tokens; {spread} key blocks kept per row; density {density:.3f} over all heads (share of valid token pairs)"
     )
 
 
@@ -183,6 +185,7 @@ def _tokens(axis: Any, block: Tensor, ragged: Tensor, *, numbers: bool) -> None:
     """One plane of tokens: colour by block, lines between blocks, the number of each block, hatches on ragged ones."""
     colors = require("matplotlib.colors", "cli")
     patches = require("matplotlib.patches", "cli")
+    effects = require("matplotlib.patheffects", "cli")
     rows, columns = block.shape
     palette = colors.ListedColormap(BLOCKS)
     axis.imshow((block % len(BLOCKS)).numpy(), cmap=palette, vmin=0, vmax=len(BLOCKS) - 1, aspect="auto")
@@ -194,22 +197,24 @@ def _tokens(axis: Any, block: Tensor, ragged: Tensor, *, numbers: bool) -> None:
         places = (block == number).nonzero().double()
         if bool(ragged[number]):
             for y, x in places.tolist():
-                axis.add_patch(
-                    patches.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="///", edgecolor="#5b6470", linewidth=0)
-                )
+                hatch = {"fill": False, "hatch": "///", "edgecolor": "#7a828d", "linewidth": 0}
+                axis.add_patch(patches.Rectangle((x - 0.5, y - 0.5), 1, 1, **hatch))
         if numbers:
-            # Of a block that spans lines of a raster, mark the token nearest to its middle, so the number lies inside.
-            middle = places[(places - places.mean(0)).square().sum(1).argmin()] if not _box(places) else places.mean(0)
+            y, x = _middle(places).tolist()
             size = max(4.5, min(9.0, 60.0 / max(rows, columns) ** 0.5 / max(1, len(str(number)))))
-            axis.text(float(middle[1]), float(middle[0]), str(number), ha="center", va="center", fontsize=size, color=INK)
+            halo = [effects.withStroke(linewidth=2.2, foreground=BLOCKS[number % len(BLOCKS)])]
+            axis.text(x, y, str(number), ha="center", va="center", fontsize=size, color=INK, path_effects=halo)
     axis.tick_params(labelsize=7, colors=FAINT, length=2)
     _whole_ticks(axis)
 
 
-def _box(places: Tensor) -> bool:
-    """Whether a set of cells fills its bounding box."""
-    spread = places.amax(0) - places.amin(0) + 1
-    return int(spread.prod()) == len(places)
+def _middle(places: Tensor) -> Tensor:
+    """Where to write a block's number: its centre, or, where that may lie outside, its token nearest to the centre."""
+    centre = places.mean(0)
+    box = places.amax(0) - places.amin(0) + 1
+    if int(box.prod()) == len(places):
+        return centre
+    return places[(places - centre).square().sum(1).argmin()]
 
 
 def _cells(axis: Any, keep: Tensor, kinds: Tensor) -> None:

@@ -33,7 +33,7 @@ class AdaSpa(Method):
     Schedule: the first 20 % of the steps run dense, the last of them searches (its output is dense); at 60 % the map is
     searched again with the cached LSE. The paper's steps 10 and 30 of 50, as shares. Text rows and text keys are always
     computed, on top of the budget. Differs from the paper: at most half of the heads are lowered and as many raised, so
-    that the mean density holds when most heads pass the recall; mass and output are normalised, which the listing omits.
+    that the mean density holds when most heads pass the recall; mass and output are normalised (not in the listing).
     """
 
     key: ClassVar[str] = "adaspa"
@@ -131,11 +131,11 @@ def head_densities(recall: Tensor, density: float, spread: float, level: float) 
     """Density of each head: the n best recalled heads give ``spread`` to the n worst.
 
     Args:
-        recall: ``[B, H]`` float. density: mean density. spread: how much moves. level: a head counts towards n when
-            its recall exceeds it.
+        recall: ``[B, H]`` float. density: mean density. spread: how much moves.
+        level: A head counts towards n when its recall exceeds it.
 
     Returns:
-        ``[B, H]`` float64 with mean ``density``. n is at most ``H // 2``; of equal recalls the lower head is the better.
+        ``[B, H]`` float64 with mean ``density``. n is at most ``H // 2``; of equal recalls the lower head is better.
     """
     heads = recall.shape[-1]
     givers = (recall > level).sum(-1, keepdim=True).clamp_max(heads // 2)

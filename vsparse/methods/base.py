@@ -47,7 +47,7 @@ class Call:
     """What one forward of a root knows; a new object per forward, restored for its backward.
 
     Args:
-        grid: The lattice. layout: the order and blocking of this site. blocking: the layout bound to the text lengths.
+        layout: Order and blocking of this site. blocking: the layout bound to the text lengths.
         text_length: ``[B]`` int, or None when the host has no padded text.
         step: 0-d int64, denoising step, -1 when unknown. density: 0-d float64, the budget of this call.
         trim: A tensor whose size is the number of tokens up to the longest valid text, or None when there is no text
@@ -55,7 +55,6 @@ class Call:
         parallel: Context-parallel plan; None until there is one.
     """
 
-    grid: Grid
     layout: Layout
     blocking: Blocking
     text_length: Tensor | None
@@ -63,6 +62,11 @@ class Call:
     density: Tensor
     trim: Tensor | None = None
     parallel: object | None = None
+
+    @property
+    def grid(self) -> Grid:
+        """The lattice. One home for it: two references that are sometimes the same object cost a recompilation."""
+        return self.layout.grid
 
 
 @dc.dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ class VSA(Method):
 
     def __post_init__(self) -> None:
         check_density("vsa: density", self.density)
-        TileLayout(Grid(t=1, h=1, w=1), tile=tuple(self.tile), block=self.block)
+        TileLayout(Grid(t=1, h=1, w=1), tile=self.tile, block=self.block)
 
     def layout(self, grid: Grid, site: Site) -> Layout:
         """3-D tiles."""

@@ -1,0 +1,223 @@
+"""The demo: one prompt, one seed, one stock pipeline; dense first, then with every method, and how far each strays."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vsparse.measure.embedded import Clip, generate
+from vsparse.measure.quality import Quality, compare
+from vsparse.measure.sheet import SheetRow, contact_sheet
+from vsparse.measure.video import check_folder, write_video
+from vsparse.methods import get_method, list_methods
+from vsparse.patch import Patch, apply
+
+__all__ = ["FLOORS", "Run", "Trial", "environment", "run_demo", "trials"]
+
+FPS = 6
+ENLARGE = 4
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One thing to try: a method with options, and the name of its row."""
+
+    name: str
+    method: str
+    options: Mapping[str, Any] = dc.field(default_factory=dict)
+
+
+# Both compute every pair: what they differ by is what exact arithmetic in another order does to this video.
+FLOORS = (
+    Trial(name="floor: dense", method="dense"),
+    Trial(name="floor: vsa, all blocks", method="vsa", options={"density": 1.0, "tile": (1, 8, 8)}),
+)
+
+# Options that suit the embedded model's 5 x 16 x 16 grid; a method without an entry runs with its defaults.
+_TRIALS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
+    "vsa": ({"density": 0.5, "tile": (1, 8, 8)}, {"density": 0.25, "tile": (1, 8, 8)}),
+    "adaspa": ({"density": 0.25},),
+}
+
+
+@dc.dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """What came of one trial; the first run of a demo is the dense reference, which has no statistics."""
+
+    name: str
+    method: str
+    options: Mapping[str, Any]
+    frames: Tensor
+    seconds: float
+    stats: Mapping[str, Any] | None = None
+    quality: Quality | None = None
+    video: Path | None = None
+
+    @property
+    def density(self) -> float:
+        """Executed share of valid token pairs over all calls, dense ones included."""
+        return 1.0 if self.stats is None else float(self.stats["density"])
+
+
+def trials(methods: Sequence[str] | None = None) -> list[Trial]:
+    """What the demo tries: every registered method, or those named, each with its options.
+
+    Raises:
+        ValueError: a method that does not exist.
+    """
+    keys = [key for key in list_methods() if key != "dense"] if methods is None else list(methods)
+    found = []
+    for key in keys:
+        get_method(key)
+        for options in _TRIALS.get(key, ({},)):
+            told = [f"{name}={value:g}" for name, value in options.items() if isinstance(value, float)]
+            found.append(Trial(name=", ".join([key, *told]), method=key, options=options))
+    return found
+
+
+def run_demo(
+    pipe: Any,
+    clip: Clip,
+    out: str | os.PathLike[str],
+    *,
+    prompt: str,
+    seed: int,
+    wanted: Sequence[Trial],
+    began: Callable[[str], None],
+    stepped: Callable[[], None],
+) -> list[Run]:
+    """Generate dense, then each trial, with one prompt and seed; write the videos, the contact sheet, ``report.json``.
+
+    Args:
+        pipe: The stock pipeline; it is left as it came. clip: size and steps. out: folder.
+        wanted: What to try besides dense. began: told the name of each run. stepped: told of each denoising step.
+
+    Returns:
+        The runs, dense first.
+    """
+    folder = check_folder(out)
+
+    def listen(_pipe: Any, _step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        stepped()
+        return values
+
+    def once(steps: int, callback: Any) -> tuple[Tensor, float]:
+        start = time.perf_counter()
+        asked = dc.replace(clip, steps=steps)
+        return generate(pipe, asked, prompt=prompt, seed=seed, callback=callback), time.perf_counter() - start
+
+    began("warm-up")
+    once(1, None)
+    began("dense")
+    frames, seconds = once(clip.steps, listen)
+    runs = [Run(name="dense", method="", options={}, frames=frames, seconds=seconds)]
+    for trial in wanted:
+        began(trial.name)
+        with apply(pipe, trial.method, **trial.options) as patch:
+            frames, seconds = once(clip.steps, listen)
+            stats = patch.stats()
+        runs.append(
+            Run(
+                name=trial.name,
+                method=trial.method,
+                options=trial.options,
+                frames=frames,
+                seconds=seconds,
+                stats=stats,
+                quality=compare(frames, runs[0].frames),
+            )
+        )
+    began("writing")
+    runs = [dc.replace(run, video=write_video(folder / _file(run), run.frames, fps=FPS, enlarge=ENLARGE)) for run in runs]
+    rows = [SheetRow(name=run.name, facts=facts(run, clip), frames=run.frames) for run in runs]
+    title = f"\u201c{prompt}\u201d, seed {seed}: dense and sparse"
+    contact_sheet(folder / "sheet.png", rows, title=title, note=_note(clip), columns=5)
+    _write_report(folder / "report.json", pipe, clip, prompt, seed, runs)
+    return runs
+
+
+def facts(run: Run, clip: Clip) -> list[str]:
+    """Lines about a run for its row of the contact sheet."""
+    lines = [] if run.stats is None else [f"density {run.density:.3f}, {_dense_steps(run, clip)}"]
+    lines.append(f"{run.seconds:.1f} s")
+    if run.quality is None:
+        return ["the stock pipeline", *lines]
+    if run.quality.identical:
+        return [*lines, "equal to the bit"]
+    return [*lines, f"PSNR {run.quality.psnr:.1f} dB, SSIM {run.quality.ssim:.3f}"]
+
+
+def _dense_steps(run: Run, clip: Clip) -> str:
+    calls = {} if run.stats is None else dict(run.stats["calls"])
+    total = sum(calls.values())
+    dense = calls.get("dense", 0) + (calls.get("search", 0) if "reuse" in calls else 0)
+    return f"{round(clip.steps * dense / total) if total else 0} of {clip.steps} steps dense"
+
+
+def _file(run: Run) -> str:
+    plain = "".join(letter if letter.isalnum() or letter == "." else "-" for letter in run.name)
+    return "-".join(part for part in plain.split("-") if part) + ".mp4"
+
+
+def _note(clip: Clip) -> str:
+    return (
+        f"{clip.frames} frames of {clip.width} \u00d7 {clip.height} pixels, {clip.steps} denoising steps. Density is the "
+        "executed share of query-key token pairs, dense steps included. PSNR and SSIM are against the first row: they "
+        "say how much the video changed. Times are of this tiny model on this machine and say nothing about a large one."
+    )
+
+
+def environment() -> dict[str, Any]:
+    """What the figures were taken with."""
+    packages = {}
+    for name in ("torch", "diffusers", "transformers", "triton", "vsparse"):
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": packages,
+    }
+
+
+def _write_report(path: Path, pipe: Any, clip: Clip, prompt: str, seed: int, runs: Sequence[Run]) -> None:
+    rows = [
+        {
+            "name": run.name,
+            "method": run.method or None,
+            "options": dict(run.options),
+            "seconds": round(run.seconds, 3),
+            "quality": None if run.quality is None else run.quality.as_json(),
+            "stats": run.stats,
+            "video": run.video.name if run.video is not None else None,
+        }
+        for run in runs
+    ]
+    report = {
+        "pipeline": type(pipe).__name__,
+        "prompt": prompt,
+        "seed": seed,
+        "clip": dc.asdict(clip),
+        "environment": environment(),
+        "runs": rows,
+    }
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(partial, path)

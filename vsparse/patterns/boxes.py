@@ -1,0 +1,190 @@
+"""The exact block form of a rule: which block pairs hold a token pair that satisfies it, without an N x N mask."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vsparse.geometry import Grid
+from vsparse.layouts import Layout
+
+__all__ = ["Bounds", "Box", "Rule", "kept_pairs"]
+
+_BATCH = 1 << 19  # box pairs that are judged at once; 2^19 of them take some 50 MB of temporaries
+
+
+@dc.dataclass(frozen=True, eq=False)
+class Box:
+    """Boxes of the token lattice.
+
+    Args:
+        low, high: ``[3, ...]`` int64, first and last frame, row and column of each box, both inside it.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def at(self, *index: Any) -> Box:
+        """The boxes at an index over the trailing axes."""
+        return Box(self.low[(slice(None), *index)], self.high[(slice(None), *index)])
+
+    @staticmethod
+    def lattice(grid: Grid) -> Box:
+        """Every token as a box of its own, ``[3, T * H * W]`` in raster order."""
+        token = torch.arange(grid.video)
+        place = torch.stack((token // grid.frame, token % grid.frame // grid.w, token % grid.w))
+        return Box(place, place)
+
+
+class Bounds(NamedTuple):
+    """What is known about a rule over the token pairs of two boxes; bool tensors that broadcast together.
+
+    Args:
+        some: Some pair certainly satisfies it. maybe: some pair may (False: certainly none does).
+        every: All pairs certainly satisfy it. nearly: all pairs may (False: certainly one does not).
+
+    For two single tokens the four are equal.
+    """
+
+    some: Tensor
+    maybe: Tensor
+    every: Tensor
+    nearly: Tensor
+
+    @classmethod
+    def exact(cls, some: Tensor, every: Tensor) -> Bounds:
+        """For a rule that is known exactly."""
+        return cls(some, some, every, every)
+
+    def __invert__(self) -> Bounds:
+        """Of the complement."""
+        return Bounds(~self.nearly, ~self.every, ~self.maybe, ~self.some)
+
+    def meet(self, other: Bounds) -> Bounds:
+        """Of "both rules hold for the pair"."""
+        return Bounds(
+            (self.some & other.every) | (self.every & other.some),
+            self.maybe & other.maybe,
+            self.every & other.every,
+            self.nearly & other.nearly,
+        )
+
+
+Rule = Callable[[Box, Box], Bounds]
+
+
+@dc.dataclass(frozen=True, eq=False)
+class _Shapes:
+    """The V blocks of a layout that hold video tokens, as sets of boxes.
+
+    Args:
+        block: ``[V]`` their indices, ascending. hull: ``[3, V]`` the smallest box around each.
+        parts: ``[3, P]`` disjoint boxes, block by block. first: ``[V]`` first part of each block. count: ``[V]`` parts.
+    """
+
+    block: Tensor
+    hull: Box
+    parts: Box
+    first: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(cls, layout: Layout) -> _Shapes:
+        grid = layout.grid
+        slot_token = layout.slot_token[0, 0].cpu()
+        token = slot_token[slot_token >= 0]
+        owner, place = layout.token_block[0, 0].cpu()[token], token - grid.text_before
+        video = (place >= 0) & (place < grid.video)
+        owner, cells = owner[video], Box.lattice(grid).at(place[video])
+        for axis in (2, 1, 0):
+            owner, cells = _joined(owner, cells, axis)
+        block, count = owner.unique_consecutive(return_counts=True)
+        rank = torch.arange(len(block)).repeat_interleave(count).expand(3, -1)
+        blank = cells.low.new_zeros(3, len(block))
+        hull = Box(
+            blank.scatter_reduce(1, rank, cells.low, "amin", include_self=False),
+            blank.scatter_reduce(1, rank, cells.high, "amax", include_self=False),
+        )
+        return cls(block=block, hull=hull, parts=cells, first=count.cumsum(0) - count, count=count)
+
+
+def _joined(owner: Tensor, box: Box, axis: int) -> tuple[Tensor, Box]:
+    """Neighbours in the list that continue each other along one axis, within one block, become one box."""
+    others = [a for a in range(3) if a != axis]
+    same = owner[1:] == owner[:-1]
+    for side in (box.low, box.high):
+        same = same & (side[others, 1:] == side[others, :-1]).all(0)
+    same = same & (box.low[axis, 1:] == box.high[axis, :-1] + 1)
+    edge = torch.ones(1, dtype=torch.bool)
+    starts, ends = torch.cat((edge, ~same)), torch.cat((~same, edge))
+    return owner[starts], Box(box.low[:, starts], box.high[:, ends])
+
+
+def kept_pairs(rule: Rule, layout: Layout) -> Tensor:
+    """``[K, K]`` bool on the CPU: block pairs with at least one pair of video tokens that satisfies the rule.
+
+    Block pairs are judged by the boxes around them; those that stay open by their parts, then by halves of these, down
+    to single tokens where it must be. The result is exact; the time grows with the border of the rule, not with N^2.
+    """
+    shapes = _Shapes.of(layout)
+    blocks = len(shapes.block)
+    keep = torch.zeros(blocks, blocks, dtype=torch.bool)
+    whole = shapes.count == 1
+    rows = max(1, _BATCH // blocks)
+    for first in range(0, blocks, rows):
+        part = slice(first, first + rows)
+        found = rule(shapes.hull.at(part, None), shapes.hull.at(None))
+        keep[part] = found.every | (found.some & whole[part, None] & whole)
+        row, column = (found.maybe & ~keep[part]).nonzero().unbind(1)
+        _settle(rule, shapes, keep, row + first, column)
+    out = torch.zeros(layout.blocks, layout.blocks, dtype=torch.bool)
+    out[shapes.block[:, None], shapes.block] = keep
+    return out
+
+
+def _settle(rule: Rule, shapes: _Shapes, keep: Tensor, row: Tensor, column: Tensor) -> None:
+    """Decide the given pairs of blocks; depth first, so that few boxes are held at a time."""
+    flat = keep.view(-1)
+    for work in _part_pairs(shapes, row, column):
+        stack = [work]
+        while stack:
+            owner, box = stack.pop()
+            live = ~flat[owner]
+            owner, box = owner[live], box.at(live)
+            found = rule(Box(box.low[:3], box.high[:3]), Box(box.low[3:], box.high[3:]))
+            flat[owner[found.some]] = True
+            open_ = found.maybe & ~flat[owner]
+            if bool(open_.any()):
+                stack += _halves(owner[open_], box.at(open_))
+
+
+_Work = tuple[Tensor, Box]  # owner [n]: entry of the flat mask; box [6, n]: query box above key box
+
+
+def _part_pairs(shapes: _Shapes, row: Tensor, column: Tensor) -> Iterator[_Work]:
+    """All pairs of parts of the given pairs of blocks, in batches."""
+    most = int(shapes.count.max())
+    step = max(1, _BATCH // most**2)
+    for q, k in zip(row.split(step), column.split(step), strict=True):
+        columns, pairs = shapes.count[k], shapes.count[q] * shapes.count[k]
+        of = torch.arange(len(q)).repeat_interleave(pairs)
+        place = torch.arange(len(of)) - (pairs.cumsum(0) - pairs)[of]
+        a = shapes.parts.at(shapes.first[q][of] + place // columns[of])
+        b = shapes.parts.at(shapes.first[k][of] + place % columns[of])
+        owner = (q * len(shapes.block) + k)[of]
+        yield owner, Box(torch.cat((a.low, b.low)), torch.cat((a.high, b.high)))
+
+
+def _halves(owner: Tensor, box: Box) -> list[_Work]:
+    """Each pair of boxes as two, cut in the middle of its longest side."""
+    extent, axis = (box.high - box.low).max(0)
+    assert bool((extent > 0).all()), "a rule left a pair of single tokens undecided"
+    line = torch.arange(len(owner))
+    cut = (box.low[axis, line] + box.high[axis, line]) // 2
+    low, high = box.low.clone(), box.high.clone()
+    high[axis, line], low[axis, line] = cut, cut + 1
+    return [(owner, Box(box.low, high)), (owner, Box(low, box.high))]

@@ -1,0 +1,189 @@
+"""Plan: what `apply` would do, and what it would cost, without touching anything."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vsparse import backend
+from vsparse.cost import AttentionCost, attention_cost
+from vsparse.geometry import Grid
+from vsparse.host import Claim, HostAdapter, Root, find_roots
+from vsparse.layouts import Layout
+from vsparse.methods import Method, Site, get_method
+from vsparse.runtime import kernel_reasons
+from vsparse.schedule import Schedule
+
+__all__ = ["Plan", "make_plan", "plan", "resolve_method", "resolve_schedule"]
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `apply` would do.
+
+    Args:
+        method, schedule: What would be applied. sites: claimed sites, all roots. skipped: site name -> reasons.
+        new_parameters: Parameters that the method adds. kernel: implementation that would run, or None.
+        grid, density, cost, state_bytes: For the given size; None without one.
+    """
+
+    method: Method
+    schedule: Schedule
+    sites: tuple[Site, ...]
+    skipped: Mapping[str, tuple[str, ...]]
+    new_parameters: int
+    kernel: str | None
+    grid: Grid | None = None
+    density: float | None = None
+    cost: AttentionCost | None = None
+    state_bytes: int | None = None
+
+    def __str__(self) -> str:
+        rows = [
+            f"method           {self.method}",
+            f"schedule         {self.schedule}",
+            f"attention sites  {len(self.sites)}" + (f", {len(self.skipped)} skipped" if self.skipped else ""),
+            f"kernel           {self.kernel or 'none'}",
+            f"new parameters   {self.new_parameters:,}",
+        ]
+        if self.grid is not None and self.cost is not None:
+            g, cost = self.grid, self.cost
+            rows += [
+                f"grid             {g.t} x {g.h} x {g.w} = {g.video:,} tokens"
+                + (f" + {g.text} text" if g.text else ""),
+                f"density          {self.density:.4f} in a sparse call, {cost.density:.4f} over all calls",
+                f"attention FLOPs  {cost.sparse:.3e} of {cost.dense:.3e} dense ({cost.sparse / cost.dense:.1%}), "
+                f"search {cost.search:.3e}",
+                f"state            {(self.state_bytes or 0) / 2**20:.1f} MiB per branch",
+            ]
+        rows += [f"skipped          {name}: {'; '.join(why)}" for name, why in self.skipped.items()]
+        return "\n".join(rows)
+
+
+def plan(
+    target: object,
+    method: str | Method,
+    /,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    steps: int | None = None,
+    batch: int = 1,
+    schedule: Schedule | None = None,
+    **overrides: Any,
+) -> Plan:
+    """What `apply` would do, without touching the target.
+
+    Args:
+        target, method, schedule, **overrides: As of `apply`.
+        height, width, num_frames: Video size in pixels and frames; all three, or none. With them the plan predicts
+            density, FLOPs and state.
+        steps: Denoising steps; needed when the schedule depends on them. batch: samples, CFG branches included.
+
+    Raises:
+        ValueError: as of `apply`, or a size that is incomplete.
+    """
+    method = resolve_method(method, overrides)
+    schedule = resolve_schedule(method, schedule)
+    host, roots = find_roots(target)
+    made = make_plan(host, roots, method, schedule)
+    sizes = {"height": height, "width": width, "num_frames": num_frames}
+    if all(value is None for value in sizes.values()):
+        return made
+    if height is None or width is None or num_frames is None:
+        missing = ", ".join(name for name, value in sizes.items() if value is None)
+        raise ValueError(f"plan: give height, width and num_frames together; missing: {missing}")
+    if steps is None and schedule.needs_steps:
+        raise ValueError("plan: this schedule depends on the denoising steps; give steps")
+    grid = host.grid(target, roots[0], height, width, num_frames)
+    # Experts share one step axis: each forward runs one root, so one root's sites are the cost of a step.
+    layouts: dict[int, Layout] = {}
+    for claim in roots[0].claims:
+        layouts[claim.site.layer] = method.layout(grid, claim.site)
+    sites = [(claim.site, layouts[claim.site.layer]) for claim in roots[0].claims]
+    return dc.replace(
+        made,
+        grid=grid,
+        density=sum(method.predicted_density(layout) for _, layout in sites) / len(sites),
+        cost=attention_cost(method, schedule, sites, steps=steps, batch=batch),
+        state_bytes=sum(_state_bytes(method, layout, site, batch) for site, layout in sites),
+    )
+
+
+def _state_bytes(method: Method, layout: Layout, site: Site, batch: int) -> int:
+    specs = method.state(layout, site, batch).values()
+    return sum(torch.Size(shape).numel() * torch.empty(0, dtype=dtype).element_size() for shape, dtype in specs)
+
+
+def make_plan(host: HostAdapter, roots: list[Root], method: Method, schedule: Schedule) -> Plan:
+    """Check every claim of every root."""
+    skipped: dict[str, tuple[str, ...]] = {}
+    sites, kernel, parameters = [], None, 0
+    for root in roots:
+        _check_layers(schedule, root)
+        for claim in root.claims:
+            why = list(claim.reasons)
+            missing = sorted(method.requires - claim.site.offers)
+            if missing:
+                why.append(f"{method.key} needs {', '.join(missing)}, which {claim.site.host} does not offer")
+            name, device, dtype = _kernel(host, method, claim) if not why else (None, None, None)
+            if name is None and not why and device is not None and dtype is not None:
+                grid = Grid(t=2, h=8, w=8)
+                layout = method.layout(grid, claim.site)
+                why += kernel_reasons(layout, claim.site.heads, claim.site.head_dim, dtype, device)
+            if why:
+                skipped[f"{root.name}.{claim.site.name}"] = tuple(why)
+                continue
+            kernel = name or kernel
+            sites.append(claim.site)
+            with torch.device("meta"):
+                parameters += sum(p.numel() for p in method.build(claim.site).parameters())
+    return Plan(
+        method=method,
+        schedule=schedule,
+        sites=tuple(sites),
+        skipped=skipped,
+        new_parameters=parameters,
+        kernel=kernel,
+    )
+
+
+def _kernel(host: HostAdapter, method: Method, claim: Claim) -> tuple[str | None, torch.device, torch.dtype]:
+    """Name of the implementation for a site, None when none can run it."""
+    device, dtype = host.placement(claim.module)
+    device = torch.device("cpu") if device.type == "meta" else device
+    if method.default_schedule.dense_steps >= 1.0:
+        return "host", device, dtype
+    layout = method.layout(Grid(t=2, h=8, w=8), claim.site)
+    if kernel_reasons(layout, claim.site.heads, claim.site.head_dim, dtype, device):
+        return None, device, dtype
+    return backend.implementations("block_sparse_attention", device.type)[0].name, device, dtype
+
+
+def _check_layers(schedule: Schedule, root: Root) -> None:
+    chosen, layers = schedule.dense_layers, len(root.claims)
+    worst = chosen if isinstance(chosen, int) else max(chosen, default=-1) + 1
+    if worst > layers:
+        raise ValueError(f"schedule: dense_layers={chosen!r}, but {root.name} has {layers} attention layers")
+
+
+def resolve_method(method: str | Method, overrides: Mapping[str, Any]) -> Method:
+    """A method from its key or itself, with fields replaced."""
+    if isinstance(method, str):
+        method = get_method(method)()
+    if not isinstance(method, Method):
+        raise ValueError(f"method must be a registry key or a vsparse Method, got {type(method).__name__}: {method!r}")
+    return method.replace(**overrides) if overrides else method
+
+
+def resolve_schedule(method: Method, schedule: Schedule | None) -> Schedule:
+    """The given schedule, or the method's published one."""
+    if schedule is None:
+        return method.default_schedule
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule must be a vsparse.Schedule, got {type(schedule).__name__}")
+    return schedule
