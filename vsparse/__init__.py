@@ -21,6 +21,7 @@ _HOMES = {
     "Grid": "vsparse.geometry",
     "TileLayout": "vsparse.layouts",
     "RasterLayout": "vsparse.layouts",
+    "PartitionLayout": "vsparse.layouts",
     "Blocking": "vsparse.layouts",
     "BlockMap": "vsparse.blocks",
     "block_sparse_attention": "vsparse.ops",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -191,6 +192,8 @@ def apply(
         runtime.siblings = runtimes
     patch = Patch(made, runtimes, tracker, undo)
     _PATCHES.update(dict.fromkeys(runtimes, patch))
+    for name, why in made.skipped.items():
+        warnings.warn(f"vsparse: {name} runs dense: {'; '.join(why)}", stacklevel=2)
     return patch
 
 
@@ -216,6 +219,11 @@ def _install(
         bind=host.bind,
         intact=host.intact,
         strict=strict,
+        skipped={
+            claim.site.name: (claim.site.heads, "; ".join(made.skipped[f"{root.name}.{claim.site.name}"]))
+            for claim in root.claims
+            if claim not in claims
+        },
     )
     before = root.module.register_forward_pre_hook(runtime.before, with_kwargs=True)
     undo.append(before.remove)

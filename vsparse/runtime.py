@@ -145,9 +145,11 @@ class Runtime:
         bind: Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], Mapping[str, Any]],
         intact: Callable[[nn.Module, SparseAttention], str | None],
         strict: bool,
+        skipped: Mapping[str, tuple[int, str]] | None = None,
     ) -> None:
         self.name, self.sites, self.method, self.schedule = name, list(sites), method, schedule
         self.tracker, self.read, self.bind, self.intact, self.strict = tracker, read, bind, intact, strict
+        self.skipped = dict(skipped or {})
         self.siblings: list[Runtime] = []
         self.fallbacks: Counter[str] = Counter()
         self.phases: Counter[str] = Counter()
@@ -156,8 +158,8 @@ class Runtime:
         self._layouts: dict[tuple[Grid, int, torch.device], Layout] = {}
         self._reasons: dict[tuple[object, ...], list[str]] = {}
         self._longest: list[tuple[tuple[weakref.ref[Tensor], ...], tuple[int, ...], int]] = []
-        self._owner: int | None = None
-        self._now: tuple[Where, str, _Record] | None = None
+        self._owner: threading.Thread | None = None
+        self._now: tuple[Where, str, _Record, Tensor | float] | None = None
         self._seen: tuple[object, int | None, dict[str, int]] | None = None
         self._form: tuple[Grid, int] | None = None
 
@@ -165,12 +167,14 @@ class Runtime:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the root."""
-        if self._owner is not None:
+        me = threading.current_thread()
+        # An interrupt (Ctrl-C) tears a forward away without its hooks; then its thread is this one, or gone.
+        if self._owner is not None and self._owner is not me and self._owner.is_alive():
             raise RuntimeError(
                 f"{self.name}: a forward of this patched model is still running; concurrent calls of one patched model "
                 "would share its state. Use one model per thread, or run the calls one after another."
             )
-        self._owner = threading.get_ident()
+        self._owner = me
         try:
             self._prepare(module, self.read(module, self.bind(module, args, kwargs)))
         except BaseException:
@@ -179,7 +183,7 @@ class Runtime:
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook of the root; runs after an exception, too."""
-        if self._owner != threading.get_ident():
+        if self._owner is not threading.current_thread():
             return
         now, failed = self._now, output is None
         try:
@@ -228,7 +232,7 @@ class Runtime:
             site.ran = False
         record = _Record(bound)
         record.restore()
-        self._now = (where, branch, record)
+        self._now = (where, branch, record, _token_pairs(reading))
 
     def _enter(self, where: Where, reading: Reading) -> str:
         """Notice a new generation, batch or grid; returns the branch."""
@@ -325,8 +329,11 @@ class Runtime:
 
     # ---- after ----------------------------------------------------------------------------------------------------
 
-    def _commit(self, where: Where, branch: str, record: _Record) -> None:
-        for site, phase, call, _ in record.bound:
+    def _commit(self, where: Where, branch: str, record: _Record, dense: Tensor | float) -> None:
+        for name, (heads, why) in self.skipped.items():
+            self.fallbacks[f"{name}: {why}"] += 1
+            self.dense_pairs = self.dense_pairs + dense * heads
+        for site, phase, _, _ in record.bound:
             if not site.ran:
                 continue
             self.phases[phase] += 1
@@ -335,9 +342,7 @@ class Runtime:
                 total = self.pairs.get(site.site.name)
                 self.pairs[site.site.name] = staged if total is None else total + staged
             else:
-                valid = call.blocking.length.double().sum(-1).square()
-                batch = call.text_length.shape[0] if call.text_length is not None else self._form[1]  # type: ignore[index]
-                self.dense_pairs = self.dense_pairs + valid.expand(batch, site.site.heads).sum()
+                self.dense_pairs = self.dense_pairs + dense * site.site.heads
             if phase in self.method.state_phases:
                 site.state.commit(branch, where.step)
 
@@ -366,9 +371,17 @@ class Runtime:
             bind=self.bind,
             intact=self.intact,
             strict=self.strict,
+            skipped=self.skipped,
         )
         memo[id(self)] = twin
         return twin
+
+
+def _token_pairs(reading: Reading) -> Tensor | float:
+    """Valid token pairs of one head, over all samples."""
+    if reading.text_length is None:
+        return float(reading.batch * reading.grid.tokens**2)
+    return (reading.text_length.double() + reading.grid.video).square().sum()
 
 
 def _on_backward(output: Any, record: _Record) -> None:

@@ -35,7 +35,8 @@ class DiffusersSteps:
         branch, context = self.contexts.get(root, (None, None))
         step, steps = getattr(context, "step_index", None), getattr(context, "num_inference_steps", None)
         generation, advancing = None, True
-        scheduler = getattr(self._pipeline() if self._pipeline is not None else None, "scheduler", None)
+        pipeline = None if self._pipeline is None else self._pipeline()
+        scheduler = getattr(pipeline, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
         if isinstance(timesteps, Tensor):
             if self._timesteps is None or self._timesteps() is not timesteps:
@@ -43,10 +44,21 @@ class DiffusersSteps:
             generation = ("scheduler", self._runs)
             if step is None:
                 index = getattr(scheduler, "step_index", None)
+                if not hasattr(scheduler, "step_index"):  # schedulers in the manner of DDIM keep no index
+                    index = _place(getattr(pipeline, "current_timestep", None), timesteps)
                 advancing = index is not None
                 step = int(index if index is not None else getattr(scheduler, "begin_index", None) or 0)
             steps = len(timesteps) if steps is None else steps
         return Where(step=step, steps=steps, branch=branch, generation=generation, advancing=advancing)
+
+
+def _place(timestep: object, timesteps: Tensor) -> int | None:
+    """Index of the timestep that a pipeline took out of ``timesteps``: by where it lies in memory, no value is read."""
+    if not isinstance(timestep, Tensor) or timestep.ndim or timesteps.ndim != 1:
+        return None
+    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+        return None
+    return (timestep.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)
 
 
 class Listener:

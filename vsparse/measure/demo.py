@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vsparse.measure.embedded import Clip, generate
+from vsparse.measure.embedded import Clip
+from vsparse.measure.pipelines import generate
 from vsparse.measure.quality import Quality, compare
 from vsparse.measure.sheet import SheetRow, contact_sheet
 from vsparse.measure.video import check_folder, write_video
 from vsparse.methods import get_method, list_methods
-from vsparse.patch import Patch, apply
+from vsparse.patch import apply
 
 __all__ = ["FLOORS", "Run", "Trial", "environment", "run_demo", "trials"]
 
@@ -108,24 +109,20 @@ def run_demo(
     """
     folder = check_folder(out)
 
-    def listen(_pipe: Any, _step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        stepped()
-        return values
-
-    def once(steps: int, callback: Any) -> tuple[Tensor, float]:
+    def once(steps: int, progress: Callable[[], None] | None) -> tuple[Tensor, float]:
         start = time.perf_counter()
-        asked = dc.replace(clip, steps=steps)
-        return generate(pipe, asked, prompt=prompt, seed=seed, callback=callback), time.perf_counter() - start
+        asked = dc.asdict(dc.replace(clip, steps=steps))
+        return generate(pipe, prompt=prompt, seed=seed, stepped=progress, **asked), time.perf_counter() - start
 
     began("warm-up")
     once(1, None)
     began("dense")
-    frames, seconds = once(clip.steps, listen)
+    frames, seconds = once(clip.steps, stepped)
     runs = [Run(name="dense", method="", options={}, frames=frames, seconds=seconds)]
     for trial in wanted:
         began(trial.name)
         with apply(pipe, trial.method, **trial.options) as patch:
-            frames, seconds = once(clip.steps, listen)
+            frames, seconds = once(clip.steps, stepped)
             stats = patch.stats()
         runs.append(
             Run(
@@ -139,7 +136,9 @@ def run_demo(
             )
         )
     began("writing")
-    runs = [dc.replace(run, video=write_video(folder / _file(run), run.frames, fps=FPS, enlarge=ENLARGE)) for run in runs]
+    for i, run in enumerate(runs):
+        video = write_video(folder / _file(run), run.frames, fps=FPS, enlarge=ENLARGE)
+        runs[i] = dc.replace(run, video=video)
     rows = [SheetRow(name=run.name, facts=facts(run, clip), frames=run.frames) for run in runs]
     title = f"\u201c{prompt}\u201d, seed {seed}: dense and sparse"
     contact_sheet(folder / "sheet.png", rows, title=title, note=_note(clip), columns=5)
@@ -172,9 +171,10 @@ def _file(run: Run) -> str:
 
 def _note(clip: Clip) -> str:
     return (
-        f"{clip.frames} frames of {clip.width} \u00d7 {clip.height} pixels, {clip.steps} denoising steps. Density is the "
-        "executed share of query-key token pairs, dense steps included. PSNR and SSIM are against the first row: they "
-        "say how much the video changed. Times are of this tiny model on this machine and say nothing about a large one."
+        f"{clip.frames} frames of {clip.width} \u00d7 {clip.height} pixels, {clip.steps} denoising steps. Density is "
+        "the executed share of query-key token pairs, dense steps included. PSNR and SSIM are against the first row: "
+        "how much the video changed, not whether it got worse. Times are of this tiny model and say nothing about a "
+        "large one."
     )
 
 

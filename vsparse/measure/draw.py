@@ -85,16 +85,16 @@ def draw_block_map(
     blocks: BlockMap,
     *,
     title: str = "block map",
+    origin: str = "",
     sample: int = 0,
     heads: Sequence[int] | None = None,
-    names: Sequence[str] | None = None,
 ) -> Path:
     """Write a PNG: one panel per head, a cell per pair of query and key block.
 
     Args:
         path: Ends in ".png". blocks: the map; its blockings may or may not carry a layout (without one, text is not
-            marked). title: above all. sample: index into the batch. heads: which heads; None: all, at most 12.
-        names: Titles of the panels instead of "head i".
+            marked). title: above all. origin: where the map comes from, in a few words.
+        sample: Index into the batch. heads: which heads; None: all, at most 12.
 
     Returns:
         The path.
@@ -115,15 +115,15 @@ def draw_block_map(
     width = max(6.4, columns * (side + 0.75) + 0.35)
     height = head + rows * tall + (rows - 1) * gap + foot
     figure = new_figure(width, height)
-    _head(figure, width, height, title, _map_facts(blocks, float(density.mean())))
+    source = [origin] if origin else []
+    _head(figure, width, height, title, "; ".join([*source, _map_facts(blocks, float(density.mean()))]))
     for i, number in enumerate(chosen):
         row, column = divmod(i, columns)
         low = height - head - (row + 1) * tall - row * gap
         axis = figure.add_axes(_place(0.65 + column * (side + 0.75), low, side, tall, width, height))
         _cells(axis, keep[sample, number], kinds)
         own = density[min(sample, density.shape[0] - 1), min(number, density.shape[1] - 1)]
-        name = names[i] if names is not None else f"head {number}"
-        axis.set_title(f"{name}   density {float(own):.3f}", fontsize=9.5, color=INK, pad=5)
+        axis.set_title(f"head {number}   density {float(own):.3f}", fontsize=9.5, color=INK, pad=5)
         axis.set_xlabel("key block", fontsize=8.5, color=FAINT)
         axis.set_ylabel("query block" if column == 0 else "", fontsize=8.5, color=FAINT)
     entries = [("kept, computed", KEPT, None), ("omitted", OMITTED, None)]

@@ -6,12 +6,9 @@ import dataclasses as dc
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from vsparse.optional import require
 
-__all__ = ["EMBEDDED", "Clip", "embedded_path", "embedded_pipeline", "generate"]
+__all__ = ["EMBEDDED", "Clip", "embedded_path", "embedded_pipeline"]
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -22,7 +19,7 @@ class Clip:
     width: int
     frames: int
     steps: int
-    guidance: float | None = None
+    guidance: float
 
 
 EMBEDDED = Clip(height=64, width=64, frames=9, steps=12, guidance=4.0)
@@ -48,32 +45,3 @@ def embedded_pipeline() -> Any:
     pipe = diffusers.DiffusionPipeline.from_pretrained(str(path), local_files_only=True)
     pipe.text_encoder.float()  # transformers keeps the stored bfloat16, diffusers casts to float32
     return pipe
-
-
-def generate(
-    pipe: Any, clip: Clip, *, prompt: str, seed: int, negative_prompt: str | None = None, callback: Any = None
-) -> Tensor:
-    """One video of a pipeline.
-
-    Args:
-        pipe: A diffusers video pipeline. clip: what to ask for; no guidance leaves it to the pipeline.
-        prompt, negative_prompt: Texts. seed: of the noise, drawn on the CPU, so that it is the same on every device.
-        callback: Called as diffusers does at the end of each denoising step.
-
-    Returns:
-        Float32 frames ``[F, H, W, 3]`` in [0, 1], on the CPU.
-    """
-    asked: dict[str, Any] = {
-        "prompt": prompt,
-        "height": clip.height,
-        "width": clip.width,
-        "num_frames": clip.frames,
-        "num_inference_steps": clip.steps,
-        "guidance_scale": clip.guidance,
-        "negative_prompt": negative_prompt,
-        "callback_on_step_end": callback,
-    }
-    given = {name: value for name, value in asked.items() if value is not None}
-    generator = torch.Generator("cpu").manual_seed(seed)
-    output = pipe(generator=generator, output_type="np", **given)
-    return torch.as_tensor(output.frames[0]).float().clamp(0, 1)

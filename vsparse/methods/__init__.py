@@ -13,6 +13,7 @@ _OURS = {
     "dense": ("vsparse.methods.dense", "Dense"),
     "vsa": ("vsparse.methods.vsa", "VSA"),
     "adaspa": ("vsparse.methods.adaspa", "AdaSpa"),
+    "vmoba": ("vsparse.methods.vmoba", "VMoBA"),
 }
 
 

@@ -117,10 +117,15 @@ class SparseAttention(nn.Module):
         """Add what a method computes beside the fine attention, in host order. Default: nothing."""
         return fine
 
-    def tally(self, blocks: BlockMap, batch: int) -> None:
-        """Report the executed map of this call; accumulated on the device, read only by ``Patch.stats``."""
+    def tally(self, blocks: BlockMap, batch: int, *more: BlockMap) -> None:
+        """Report the executed map of this call, or several disjoint ones whose parts are merged.
+
+        Accumulated on the device, read only by ``Patch.stats``.
+        """
         lead = (batch, self.site.heads)
         computed, possible = (x.expand(lead).sum() for x in blocks.pairs())
+        for part in more:
+            computed = computed + part.pairs()[0].expand(lead).sum()
         self.state.stage("pairs", torch.stack((computed, possible)))
 
     def extra_repr(self) -> str:

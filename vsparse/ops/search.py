@@ -80,7 +80,7 @@ def block_mass(
     lists = (None, None) if candidates is None else (candidates.index, candidates.count)
     sides = (blocking.length, k_blocking.length, blocking.start, k_blocking.start)
     with torch.no_grad():
-        return _mass(
+        mass: Tensor = _mass(
             q.detach(),
             k.detach(),
             lse.detach(),
@@ -91,6 +91,7 @@ def block_mass(
             k_blocking.block,
             scale_of(scale, q),
         )
+    return mass
 
 
 @torch.library.custom_op("vsparse::search_attention", mutates_args=())

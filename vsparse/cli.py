@@ -1,0 +1,379 @@
+"""The ``vsparse`` command. Every command is thin: what it does lives in `vsparse.measure` and the library."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+try:
+    import click
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+except ImportError as missing:
+    raise ImportError(f'the vsparse command needs typer and rich: pip install "vsparse[cli]" ({missing})') from missing
+
+if TYPE_CHECKING:
+    from vsparse.methods import Method
+    from vsparse.schedule import Schedule
+
+__all__ = ["app", "main"]
+
+P = ParamSpec("P")
+SEE, USE, INSIDE = "See it work", "Use it on your model", "Look inside"
+
+app = typer.Typer(
+    name="vsparse",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+def main() -> None:
+    """Entry point of the ``vsparse`` command."""
+    app(prog_name="vsparse")
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
+) -> None:
+    """Sparse attention for the video diffusion transformers of diffusers.
+
+    Attention in a video model compares every part of every frame with every other. vsparse lets the model compute only
+    the parts that matter, in the pipeline that you already use, and takes itself out again without a trace.
+
+    Start with **`vsparse demo`**: it needs no download and no GPU. Then, with a pipeline of your own:
+
+    `vsparse plan WanTransformer3DModel --method adaspa --height 480 --width 832 --frames 81 --steps 50`
+
+    `vsparse generate ./my-wan --prompt "a fox in the snow" --method adaspa --output fox.mp4`
+    """
+    if version:
+        import vsparse
+
+        console.print(f"vsparse {vsparse.__version__}", highlight=False)
+        raise typer.Exit
+
+
+def plainly(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn errors that the library raises on purpose into one red sentence and exit code 2."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        if click.get_current_context().find_root().params.get("debug"):
+            return command(*args, **kwargs)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", category=FutureWarning)
+                return command(*args, **kwargs)
+        except (ValueError, NotImplementedError, ImportError, OSError, RuntimeError) as error:
+            errors.print(f"vsparse: {error}", style="bold red", markup=False, highlight=False)
+        except KeyboardInterrupt:
+            errors.print("vsparse: interrupted", style="bold red")
+        raise typer.Exit(2)
+
+    return run
+
+
+# ---- reading options ---------------------------------------------------------------------------------------------
+
+
+def _sizes(text: str, name: str, count: int = 3) -> tuple[int, ...]:
+    """``5x16x16`` -> (5, 16, 16)."""
+    parts = text.lower().replace(",", "x").split("x")
+    if len(parts) != count or not all(part.strip().isdigit() for part in parts):
+        raise ValueError(f"{name} must be {count} whole numbers such as 5x16x16, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """``["density=0.2", "tile=4x4x4"]`` -> the fields of a method."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--set takes name=value, such as density=0.2; got {pair!r}")
+        if name in found:
+            raise ValueError(f"--set {name} is given twice")
+        lattice = text.lower().split("x")
+        if len(lattice) > 1 and all(part.isdigit() for part in lattice):
+            found[name] = tuple(int(part) for part in lattice)
+            continue
+        try:
+            found[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            found[name] = {"true": True, "false": False}.get(text.lower(), text)
+    return found
+
+
+def _method(key: str, settings: Sequence[str]) -> Method:
+    from vsparse.methods import get_method
+
+    return get_method(key)().replace(**_settings(settings))
+
+
+def _schedule(method: Method, dense_steps: float | None, dense_layers: int | None) -> Schedule:
+    import dataclasses as dc
+
+    schedule = method.default_schedule
+    if dense_steps is not None:
+        schedule = dc.replace(schedule, dense_steps=dense_steps)
+    return schedule if dense_layers is None else dc.replace(schedule, dense_layers=dense_layers)
+
+
+def _quiet() -> None:
+    """Leave the terminal to us: no progress bars or warnings of the libraries that load models."""
+    from vsparse.optional import require
+
+    for name in ("diffusers", "transformers"):
+        logging = require(f"{name}.utils.logging", "diffusers")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+Settings = Annotated[
+    list[str], typer.Option("--set", "-s", metavar="NAME=VALUE", help="An option of the method; may be repeated.")
+]
+MethodKey = Annotated[str, typer.Option("--method", "-m", help="Which method; `vsparse methods` lists them.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or hub name of a diffusers pipeline.")]
+DenseSteps = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Share of the steps that stay dense, from the start.")
+]
+DenseLayers = Annotated[int | None, typer.Option(min=0, help="How many of the first layers stay dense.")]
+
+
+# ---- see it work -------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=SEE)
+@plainly
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for videos, contact sheet, report.")] = Path("out"),
+    prompt: Annotated[str, typer.Option(help="Like the default; the model knows no other kind of sentence.")] = (
+        "a red circle moving right on a dark background"
+    ),
+    methods: Annotated[str, typer.Option(help="Methods to try, separated by commas. Empty: all.")] = "",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 12,
+    frames: Annotated[int, typer.Option(min=1, help="Frames; the model was trained with 9.")] = 9,
+) -> None:
+    """Generate one clip dense and with every method, with a tiny model that comes along; no download, no GPU."""
+    import dataclasses as dc
+
+    from vsparse.measure import demo as work
+    from vsparse.measure import tables
+    from vsparse.measure.embedded import EMBEDDED, embedded_pipeline
+    from vsparse.measure.video import check_folder
+
+    folder = check_folder(out)
+    keys = [key.strip() for key in methods.split(",") if key.strip()]
+    wanted = [*work.FLOORS, *work.trials(keys or None)]
+    clip = dc.replace(EMBEDDED, steps=steps, frames=frames)
+    with console.status("loading the embedded pipeline"):
+        _quiet()
+        pipe = embedded_pipeline()
+        pipe.set_progress_bar_config(disable=True)
+    console.print(f"[bold]{type(pipe).__name__}[/bold], a stock diffusers pipeline; prompt: {prompt!r}, seed {seed}")
+    with _progress() as progress:
+        task = progress.add_task("", total=(1 + len(wanted)) * steps)
+        runs = work.run_demo(
+            pipe,
+            clip,
+            folder,
+            prompt=prompt,
+            seed=seed,
+            wanted=wanted,
+            began=lambda name: progress.update(task, description=name.ljust(28)),
+            stepped=lambda: progress.advance(task),
+        )
+    console.print(tables.demo_table(runs))
+    console.print(f"Videos, contact sheet [bold]{folder / 'sheet.png'}[/bold] and report.json are in {folder}/.")
+    console.print(
+        "What this does not show: speed. The model is tiny, its 1 280 tokens are far below the length where sparse "
+        "attention pays, and its layers other than attention take most of the time. How a large model bears a density "
+        "is not shown either."
+    )
+
+
+# ---- use it ------------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=USE)
+@plainly
+def generate(
+    model: Model,
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to show; repeat it for several videos.")],
+    method: MethodKey = "adaspa",
+    settings: Settings = [],  # noqa: B006 (typer copies it)
+    output: Annotated[Path, typer.Option("--output", "-o", help="The mp4; several are numbered.")] = Path("video.mp4"),
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
+    image: Annotated[Path | None, typer.Option(help="First frame, for image-to-video pipelines.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the pipeline's.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the pipeline's.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames. Default: the pipeline's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's.")] = None,
+    fps: Annotated[int, typer.Option(min=1, help="Frames per second of the mp4.")] = 16,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 on CUDA.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: cuda where there is one.")] = None,
+    offload: Annotated[bool, typer.Option(help="Keep idle parts of the pipeline in CPU memory.")] = False,
+    dense_steps: DenseSteps = None,
+    dense_layers: DenseLayers = None,
+    lenient: Annotated[bool, typer.Option(help="Run dense, and say so, where sparse attention cannot run.")] = False,
+) -> None:
+    """Generate videos with any diffusers pipeline, its attention made sparse.
+
+    `vsparse generate ./my-wan -p "a fox in the snow" -m adaspa -s density=0.3 --height 480 --width 832 --frames 81`
+    """
+    from vsparse.measure import pipelines, tables
+    from vsparse.measure.video import write_video
+    from vsparse.patch import apply
+
+    chosen = _method(method, settings)
+    schedule = _schedule(chosen, dense_steps, dense_layers)
+    targets = pipelines.outputs(output, len(prompt))
+    _quiet()
+    with console.status(f"loading {model}"):
+        pipe = pipelines.load_pipeline(model, dtype=dtype, device=device, offload=offload)
+        pipe.set_progress_bar_config(disable=True)
+    with apply(pipe, chosen, schedule=schedule, strict=not lenient) as patch:
+        console.print(f"{type(pipe).__name__}: {len(patch.plan.sites)} attention layers, {chosen}")
+        for text, target in zip(prompt, targets, strict=True):
+            with _progress() as progress:
+                task = progress.add_task(text[:60], total=steps)
+                video = pipelines.generate(
+                    pipe,
+                    prompt=text,
+                    seed=seed,
+                    height=height,
+                    width=width,
+                    frames=frames,
+                    steps=steps,
+                    guidance=guidance,
+                    negative_prompt=negative_prompt,
+                    image=image,
+                    stepped=functools.partial(progress.advance, task),
+                )
+            console.print(f"wrote {write_video(target, video, fps=fps)}")
+        console.print(tables.stats_table(patch.stats()))
+
+
+@app.command(rich_help_panel=USE)
+@plainly
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or hub name of a pipeline, or a transformer's class name.")
+    ],
+    method: MethodKey = "adaspa",
+    settings: Settings = [],  # noqa: B006
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per step, guidance branches included.")] = 2,
+    dense_steps: DenseSteps = None,
+    dense_layers: DenseLayers = None,
+) -> None:
+    """Say what a method would do to a model, from its configuration alone: a 14B model is planned on a laptop.
+
+    `vsparse plan WanTransformer3DModel --method vsa --height 480 --width 832 --frames 81 --steps 50`
+    """
+    import vsparse
+    from vsparse.measure import tables
+    from vsparse.measure.skeleton import skeleton
+
+    chosen = _method(method, settings)
+    _quiet()
+    target = skeleton(model)
+    schedule = _schedule(chosen, dense_steps, dense_layers)
+    size = {"height": height, "width": width, "num_frames": frames}
+    made = vsparse.plan(target, chosen, **size, steps=steps, batch=batch, schedule=schedule)
+    console.print(tables.plan_table(made, type(target).__name__))
+    for name, why in made.skipped.items():
+        console.print(f"[red]not patched[/red] {name}: {'; '.join(why)}", highlight=False)
+    if made.grid is None:
+        console.print("Give --height, --width and --frames for density, FLOPs and state.")
+
+
+# ---- look inside -------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=INSIDE)
+@plainly
+def methods() -> None:
+    """List the methods: where they come from, whether they need training, their options and defaults."""
+    from vsparse.measure import tables
+    from vsparse.methods import list_methods
+
+    console.print(tables.methods_table(list_methods()))
+
+
+@app.command(rich_help_panel=INSIDE)
+@plainly
+def doctor() -> None:
+    """Say what is installed, and which implementation of each op runs here for which shape, or why none does."""
+    from vsparse.measure import doctor as work
+    from vsparse.measure import tables
+
+    console.print(tables.packages_table(work.packages()))
+    for line in work.devices():
+        console.print(line, highlight=False)
+    verdicts = work.verdicts()
+    console.print("\nWhat runs each op, for head dimensions 64 and 128, blocks of 64 and 128, float32, bfloat16, float16:")
+    console.print(tables.ops_table(verdicts))
+    for reason, calls in work.reasons(verdicts).items():
+        console.print(f"{calls}: {reason}", style="yellow", markup=False, highlight=False)
+
+
+@app.command(rich_help_panel=INSIDE)
+@plainly
+def draw(
+    method: MethodKey = "vsa",
+    settings: Settings = [],  # noqa: B006
+    density: Annotated[float | None, typer.Option(help="Short for --set density=...")] = None,
+    grid: Annotated[str, typer.Option(metavar="TxHxW", help="Latent frames, rows, columns.")] = "5x16x16",
+    text_before: Annotated[int, typer.Option(min=0, help="Text tokens before the video.")] = 0,
+    text_after: Annotated[int, typer.Option(min=0, help="Text tokens after the video.")] = 0,
+    layout: Annotated[str, typer.Option(help="Which layout to draw: the method's, tile or raster.")] = "method",
+    tile: Annotated[str | None, typer.Option(metavar="TxHxW", help="With --layout tile.")] = None,
+    block: Annotated[int | None, typer.Option(min=1, help="Slots of a block, with --layout tile or raster.")] = None,
+    layer: Annotated[int, typer.Option(min=0, help="Layer of the embedded model.")] = 2,
+    random: Annotated[bool, typer.Option(help="An untrained model, also where the embedded one fits.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, and of an untrained model.")] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="-layout and -map are added.")] = Path("draw.png"),
+) -> None:
+    """Draw which block each token belongs to, and which key blocks each query block keeps, head by head (two PNGs).
+
+    `vsparse draw --method vsa --density 0.25 --grid 5x16x16 --text-after 20 -o out/draw.png`
+    """
+    from vsparse.geometry import Grid
+    from vsparse.measure import drawing
+
+    chosen = _method(method, [*settings, *([] if density is None else [f"density={density}"])])
+    t, h, w = _sizes(grid, "--grid")
+    lattice = Grid(t=t, h=h, w=w, text_before=text_before, text_after=text_after)
+    edges = None if tile is None else _sizes(tile, "--tile")
+    if not random:
+        _quiet()
+    with console.status("running the model"):
+        written = drawing.draw_both(
+            output, chosen, lattice, layout=layout, tile=edges, block=block, layer=layer, random=random, seed=seed
+        )
+    for line in written:
+        console.print(line, highlight=False)
