@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 try:
-    import click
     import typer
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -29,12 +28,14 @@ SEE, USE, INSIDE = "See it work", "Use it on your model", "Look inside"
 app = typer.Typer(
     name="vsparse",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     pretty_exceptions_enable=False,
 )
 console = Console()
 errors = Console(stderr=True)
+flags = {"debug": False}
 
 
 def main() -> None:
@@ -42,10 +43,20 @@ def main() -> None:
     app(prog_name="vsparse")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import vsparse
+
+        console.print(f"vsparse {vsparse.__version__}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
+    version: Annotated[  # noqa: ARG001 (its callback has done it)
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_print_version)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Sparse attention for the video diffusion transformers of diffusers.
 
@@ -58,11 +69,7 @@ def _root(
 
     `vsparse generate ./my-wan --prompt "a fox in the snow" --method adaspa --output fox.mp4`
     """
-    if version:
-        import vsparse
-
-        console.print(f"vsparse {vsparse.__version__}", highlight=False)
-        raise typer.Exit
+    flags["debug"] = debug
 
 
 def plainly(command: Callable[P, None]) -> Callable[P, None]:
@@ -70,11 +77,12 @@ def plainly(command: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        if click.get_current_context().find_root().params.get("debug"):
+        if flags["debug"]:
             return command(*args, **kwargs)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", category=FutureWarning)
+                warnings.filterwarnings("ignore", module="huggingface_hub")
                 return command(*args, **kwargs)
         except (ValueError, NotImplementedError, ImportError, OSError, RuntimeError) as error:
             errors.print(f"vsparse: {error}", style="bold red", markup=False, highlight=False)
@@ -146,15 +154,29 @@ def _progress() -> Progress:
     return Progress(*columns, console=console)
 
 
+SPARSITY, VIDEO, MACHINE = "Sparsity", "Video (default: the pipeline's own)", "Where it runs"
+MethodKey = Annotated[
+    str, typer.Option("--method", "-m", metavar="KEY", help="See `vsparse methods`.", rich_help_panel=SPARSITY)
+]
 Settings = Annotated[
-    list[str], typer.Option("--set", "-s", metavar="NAME=VALUE", help="An option of the method; may be repeated.")
+    list[str],
+    typer.Option(
+        "--set", "-s", metavar="NAME=VALUE", help="An option of the method; repeatable.", rich_help_panel=SPARSITY
+    ),
 ]
-MethodKey = Annotated[str, typer.Option("--method", "-m", help="Which method; `vsparse methods` lists them.")]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or hub name of a diffusers pipeline.")]
 DenseSteps = Annotated[
-    float | None, typer.Option(min=0, max=1, help="Share of the steps that stay dense, from the start.")
+    float | None,
+    typer.Option(metavar="SHARE", min=0, max=1, help="Dense steps, from the start.", rich_help_panel=SPARSITY),
 ]
-DenseLayers = Annotated[int | None, typer.Option(min=0, help="How many of the first layers stay dense.")]
+DenseLayers = Annotated[
+    int | None, typer.Option(metavar="N", min=0, help="Dense layers, from the first.", rich_help_panel=SPARSITY)
+]
+Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the noise.")]
+Height = Annotated[int | None, typer.Option(metavar="N", min=1, help="Pixels.", rich_help_panel=VIDEO)]
+Width = Annotated[int | None, typer.Option(metavar="N", min=1, help="Pixels.", rich_help_panel=VIDEO)]
+Frames = Annotated[int | None, typer.Option(metavar="N", min=1, help="Frames.", rich_help_panel=VIDEO)]
+Steps = Annotated[int | None, typer.Option(metavar="N", min=1, help="Denoising steps.", rich_help_panel=VIDEO)]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or hub name of a diffusers pipeline.")]
 
 
 # ---- see it work -------------------------------------------------------------------------------------------------
@@ -163,14 +185,16 @@ DenseLayers = Annotated[int | None, typer.Option(min=0, help="How many of the fi
 @app.command(rich_help_panel=SEE)
 @plainly
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for videos, contact sheet, report.")] = Path("out"),
-    prompt: Annotated[str, typer.Option(help="Like the default; the model knows no other kind of sentence.")] = (
-        "a red circle moving right on a dark background"
-    ),
-    methods: Annotated[str, typer.Option(help="Methods to try, separated by commas. Empty: all.")] = "",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 12,
-    frames: Annotated[int, typer.Option(min=1, help="Frames; the model was trained with 9.")] = 9,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="For videos, contact sheet and report.")
+    ] = Path("out"),
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", metavar="TEXT", help="The model knows no other kind of sentence.")
+    ] = "a red circle moving right on a dark background",
+    methods: Annotated[str, typer.Option(metavar="KEY,KEY", help="Methods to try. Empty: all.")] = "",
+    seed: Seed = 0,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Denoising steps.")] = 12,
+    frames: Annotated[int, typer.Option(metavar="N", min=1, help="The model was trained with 9.")] = 9,
 ) -> None:
     """Generate one clip dense and with every method, with a tiny model that comes along; no download, no GPU."""
     import dataclasses as dc
@@ -217,25 +241,38 @@ def demo(
 @plainly
 def generate(
     model: Model,
-    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to show; repeat it for several videos.")],
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", "-p", metavar="TEXT", help="What to show; repeat it for several videos.")
+    ],
     method: MethodKey = "adaspa",
     settings: Settings = [],  # noqa: B006 (typer copies it)
-    output: Annotated[Path, typer.Option("--output", "-o", help="The mp4; several are numbered.")] = Path("video.mp4"),
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
-    image: Annotated[Path | None, typer.Option(help="First frame, for image-to-video pipelines.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
-    height: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the pipeline's.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the pipeline's.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Frames. Default: the pipeline's.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's.")] = None,
-    fps: Annotated[int, typer.Option(min=1, help="Frames per second of the mp4.")] = 16,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 on CUDA.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: cuda where there is one.")] = None,
-    offload: Annotated[bool, typer.Option(help="Keep idle parts of the pipeline in CPU memory.")] = False,
     dense_steps: DenseSteps = None,
     dense_layers: DenseLayers = None,
-    lenient: Annotated[bool, typer.Option(help="Run dense, and say so, where sparse attention cannot run.")] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The mp4; of several prompts, numbered.")
+    ] = Path("video.mp4"),
+    negative_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What not to show.")] = None,
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="First frame, for image-to-video.")] = None,
+    seed: Seed = 0,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    steps: Steps = None,
+    guidance: Annotated[float | None, typer.Option(metavar="X", help="Guidance scale.", rich_help_panel=VIDEO)] = None,
+    fps: Annotated[int, typer.Option(metavar="N", min=1, help="Of the mp4.", rich_help_panel=VIDEO)] = 16,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="float32, bfloat16 or float16; on CUDA bfloat16.", rich_help_panel=MACHINE),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 ...", rich_help_panel=MACHINE)
+    ] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep idle parts in CPU memory.", rich_help_panel=MACHINE)
+    ] = False,
+    lenient: Annotated[
+        bool, typer.Option("--lenient", help="Where sparse cannot run, run dense and say so.", rich_help_panel=MACHINE)
+    ] = False,
 ) -> None:
     """Generate videos with any diffusers pipeline, its attention made sparse.
 
@@ -282,13 +319,15 @@ def plan(
     ],
     method: MethodKey = "adaspa",
     settings: Settings = [],  # noqa: B006
-    height: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Frames.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Samples per step, guidance branches included.")] = 2,
     dense_steps: DenseSteps = None,
     dense_layers: DenseLayers = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    steps: Steps = None,
+    batch: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Samples per step; 2 for a pair of guidance.", rich_help_panel=VIDEO)
+    ] = 1,
 ) -> None:
     """Say what a method would do to a model, from its configuration alone: a 14B model is planned on a laptop.
 
@@ -335,7 +374,7 @@ def doctor() -> None:
     for line in work.devices():
         console.print(line, highlight=False)
     verdicts = work.verdicts()
-    console.print("\nWhat runs each op, for head dimensions 64 and 128, blocks of 64 and 128, float32, bfloat16, float16:")
+    console.print("\nWhat runs each op, for head dimensions 64 and 128, blocks of 64 and 128, float32 and half:")
     console.print(tables.ops_table(verdicts))
     for reason, calls in work.reasons(verdicts).items():
         console.print(f"{calls}: {reason}", style="yellow", markup=False, highlight=False)
@@ -346,17 +385,21 @@ def doctor() -> None:
 def draw(
     method: MethodKey = "vsa",
     settings: Settings = [],  # noqa: B006
-    density: Annotated[float | None, typer.Option(help="Short for --set density=...")] = None,
+    density: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Short for --set density=...", rich_help_panel=SPARSITY)
+    ] = None,
     grid: Annotated[str, typer.Option(metavar="TxHxW", help="Latent frames, rows, columns.")] = "5x16x16",
-    text_before: Annotated[int, typer.Option(min=0, help="Text tokens before the video.")] = 0,
-    text_after: Annotated[int, typer.Option(min=0, help="Text tokens after the video.")] = 0,
-    layout: Annotated[str, typer.Option(help="Which layout to draw: the method's, tile or raster.")] = "method",
+    text_before: Annotated[int, typer.Option(metavar="N", min=0, help="Text tokens before the video.")] = 0,
+    text_after: Annotated[int, typer.Option(metavar="N", min=0, help="Text tokens after the video.")] = 0,
+    layout: Annotated[str, typer.Option(metavar="KIND", help="To draw: the method's, tile or raster.")] = "method",
     tile: Annotated[str | None, typer.Option(metavar="TxHxW", help="With --layout tile.")] = None,
-    block: Annotated[int | None, typer.Option(min=1, help="Slots of a block, with --layout tile or raster.")] = None,
-    layer: Annotated[int, typer.Option(min=0, help="Layer of the embedded model.")] = 2,
-    random: Annotated[bool, typer.Option(help="An untrained model, also where the embedded one fits.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, and of an untrained model.")] = 0,
-    output: Annotated[Path, typer.Option("--output", "-o", help="-layout and -map are added.")] = Path("draw.png"),
+    block: Annotated[int | None, typer.Option(metavar="N", min=1, help="With --layout tile or raster.")] = None,
+    layer: Annotated[int, typer.Option(metavar="N", min=0, help="Layer of the demo model.")] = 2,
+    random: Annotated[bool, typer.Option("--random", help="An untrained model also where the demo's fits.")] = False,
+    seed: Seed = 0,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="A png; -layout and -map are added to its name.")
+    ] = Path("draw.png"),
 ) -> None:
     """Draw which block each token belongs to, and which key blocks each query block keeps, head by head (two PNGs).
 
@@ -369,8 +412,7 @@ def draw(
     t, h, w = _sizes(grid, "--grid")
     lattice = Grid(t=t, h=h, w=w, text_before=text_before, text_after=text_after)
     edges = None if tile is None else _sizes(tile, "--tile")
-    if not random:
-        _quiet()
+    _quiet()
     with console.status("running the model"):
         written = drawing.draw_both(
             output, chosen, lattice, layout=layout, tile=edges, block=block, layer=layer, random=random, seed=seed

@@ -85,7 +85,7 @@ class Patch:
         """Parameters that the method added, by root and site."""
         for runtime in self._runtimes:
             for site in runtime.sites:
-                for name, parameter in site.named_parameters():
+                for name, parameter in site.own_parameters():
                     yield f"{runtime.name}.{site.site.name}.{name}", parameter
 
     def parameters(self) -> list[nn.Parameter]:
@@ -218,6 +218,7 @@ def _install(
         read=host.read,
         bind=host.bind,
         intact=host.intact,
+        placement=host.placement,
         strict=strict,
         skipped={
             claim.site.name: (claim.site.heads, "; ".join(made.skipped[f"{root.name}.{claim.site.name}"]))
@@ -242,6 +243,7 @@ def _build(host: HostAdapter, method: Method, schedule: Schedule, claim: Claim) 
         if any(parameter.dtype != dtype for parameter in sparse.parameters()):
             sparse = sparse.to(dtype)
     sparse.peak_density = 1.0 if schedule.ramp is not None else method.call_density()
+    sparse.added = frozenset(name for name, _ in sparse.named_parameters())
     sparse.train(claim.module.training)
     return sparse
 

@@ -62,8 +62,9 @@ def _logits(q: Tensor, k: Tensor, blocks: BlockMap, scale: float) -> tuple[Tenso
     s = torch.einsum("bnhd,bmhd->bhnm", q, k) * scale
     if blocks.key_bias is not None:
         block = slot_block(blocks.k, k.shape[1]).clamp_min(0)
-        bias, block = blocks.key_bias.to(s.dtype), block.expand(*blocks.key_bias.shape[:2], -1)
-        s = s + bias.gather(-1, block)[:, :, None]
+        lead = torch.broadcast_shapes(blocks.key_bias.shape[:2], block.shape[:2])
+        bias = blocks.key_bias.to(s.dtype).expand(*lead, -1)
+        s = s + bias.gather(-1, block.expand(*lead, -1))[:, :, None]
     return torch.where(pairs, s, -torch.inf), pairs
 
 
@@ -152,7 +153,7 @@ def block_mass(
     row_block, column_block = slot_block(q_blocking, q.shape[1]), slot_block(k_blocking, k.shape[1])
     counted = (row_block >= 0) & ~lse.isinf()
     if rows is not None:
-        first = _starts(q_blocking).gather(-1, row_block.clamp_min(0))
+        first = _starts(q_blocking).expand(*row_block.shape[:2], -1).gather(-1, row_block.clamp_min(0))
         place = torch.arange(q.shape[1], device=q.device) - first
         counted = counted & torch.isin(place, rows)
     p = torch.where(pairs & counted[..., None], (s - torch.where(lse.isinf(), 0, lse).to(s.dtype)[..., None]).exp(), 0)

@@ -144,11 +144,13 @@ class Runtime:
         read: Callable[[nn.Module, Mapping[str, Any]], Reading],
         bind: Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], Mapping[str, Any]],
         intact: Callable[[nn.Module, SparseAttention], str | None],
+        placement: Callable[[nn.Module], tuple[torch.device, torch.dtype]],
         strict: bool,
         skipped: Mapping[str, tuple[int, str]] | None = None,
     ) -> None:
         self.name, self.sites, self.method, self.schedule = name, list(sites), method, schedule
-        self.tracker, self.read, self.bind, self.intact, self.strict = tracker, read, bind, intact, strict
+        self.tracker, self.read, self.bind, self.intact = tracker, read, bind, intact
+        self.placement, self.strict = placement, strict
         self.skipped = dict(skipped or {})
         self.siblings: list[Runtime] = []
         self.fallbacks: Counter[str] = Counter()
@@ -295,11 +297,17 @@ class Runtime:
 
     def _unsupported(self, site: SparseAttention, reading: Reading, module: nn.Module) -> list[str]:
         layout = self._layout(reading.grid, site, reading.device)
-        dtype = site_dtype(module)
+        dtype = self._dtype(module, site, reading.device)
         key = (layout.key, reading.device, dtype)
         if key not in self._reasons:
             self._reasons[key] = kernel_reasons(layout, site.site.heads, site.site.head_dim, dtype, reading.device)
         return self._reasons[key]
+
+    def _dtype(self, module: nn.Module, site: SparseAttention, device: torch.device) -> torch.dtype:
+        """dtype that attention computes in: autocast's, else that of the site's projections."""
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return self.placement(module.get_submodule(site.site.name))[1]
 
     def _fall_back(self, against: list[str]) -> None:
         if self.strict:
@@ -370,6 +378,7 @@ class Runtime:
             read=self.read,
             bind=self.bind,
             intact=self.intact,
+            placement=self.placement,
             strict=self.strict,
             skipped=self.skipped,
         )
@@ -394,17 +403,6 @@ def _on_backward(output: Any, record: _Record) -> None:
                 record.restore()
 
             value.register_hook(restore)
-
-
-def site_dtype(module: nn.Module) -> torch.dtype:
-    """dtype that attention computes in: autocast's, else the model's."""
-    kind = next(module.parameters()).device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return next((p.dtype for p in module.parameters() if p.dtype in _COMPUTE), torch.float32)
-
-
-_COMPUTE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def kernel_reasons(layout: Layout, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> list[str]:

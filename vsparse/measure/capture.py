@@ -56,10 +56,10 @@ def capture(patch: Patch, *, layers: tuple[int, ...] | None = None) -> Iterator[
 def _tapped(sparse: SparseAttention, seen: list[Seen]) -> Iterator[None]:
     report = sparse.tally
 
-    def tally(blocks: BlockMap, batch: int) -> None:
+    def tally(blocks: BlockMap, batch: int, *more: BlockMap) -> None:
         step = -1 if sparse.call is None else int(sparse.call.step)
-        seen.append(Seen(site=sparse.site, step=step, phase=sparse.phase, blocks=blocks))
-        report(blocks, batch)
+        seen.extend(Seen(site=sparse.site, step=step, phase=sparse.phase, blocks=one) for one in (blocks, *more))
+        report(blocks, batch, *more)
 
     sparse.tally = tally  # type: ignore[method-assign]
     try:

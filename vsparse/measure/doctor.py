@@ -127,7 +127,7 @@ def _calls_in_words(calls: Sequence[Verdict], found: Sequence[Verdict]) -> str:
 def _verdict(
     op: str, device: str, head_dim: int, block: int, dtype: torch.dtype, args: tuple[Any, ...], options: dict[str, Any]
 ) -> Verdict:
-    against = backend.reasons(op, device, *args, **options)
+    against = [reason.removeprefix(f"{op}: ") for reason in backend.reasons(op, device, *args, **options)]
     if device == "cuda" and not torch.cuda.is_available():
         against = ["no NVIDIA GPU is visible to torch", *against]
     chosen = None if against else backend.lookup(op, device, *args, **options).name

@@ -12,8 +12,7 @@ from vsparse.optional import require
 if TYPE_CHECKING:
     from vsparse.measure.demo import Run
     from vsparse.methods import Method
-
-    import vsparse
+    from vsparse.planning import Plan
 
 __all__ = ["demo_table", "methods_table", "ops_table", "packages_table", "plan_table", "stats_table"]
 
@@ -62,7 +61,7 @@ def stats_table(stats: Mapping[str, Any]) -> Any:
     return table
 
 
-def plan_table(made: vsparse.Plan, target: str) -> Any:
+def plan_table(made: Plan, target: str) -> Any:
     """What a method would do to a target."""
     table = _table()
     table.title = f"{made.method.key} on {target}"
@@ -78,9 +77,9 @@ def plan_table(made: vsparse.Plan, target: str) -> Any:
         table.add_row("tokens", f"{grid.t} \u00d7 {grid.h} \u00d7 {grid.w} = {grid.video:,}{text}")
         table.add_row("density", f"{made.density:.4f} in a sparse call, {cost.density:.4f} over all calls")
         table.add_row("attention FLOPs, dense", f"{cost.dense:.3e}")
-        table.add_row("attention FLOPs, sparse", f"{cost.sparse:.3e}, {cost.sparse / cost.dense:.1%} (padding included)")
+        table.add_row("sparse, padding included", f"{cost.sparse:.3e} ({cost.sparse / cost.dense:.1%})")
         table.add_row("of these, to find maps", f"{cost.search:.3e}")
-        table.add_row("state kept", f"{(made.state_bytes or 0) / 2**20:.1f} MiB per guidance branch")
+        table.add_row("state kept", f"{(made.state_bytes or 0) / 2**20:.1f} MiB")
     return table
 
 

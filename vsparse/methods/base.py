@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses as dc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -96,6 +96,7 @@ class SparseAttention(nn.Module):
         self.phase, self.call, self.hidden, self.state = "dense", None, None, RunState()
         self.peak_density = 1.0
         self.ran = False
+        self.added: frozenset[str] = frozenset()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of this site in host order: q, k, v and the result are ``[B, N, H, D]``."""
@@ -116,6 +117,13 @@ class SparseAttention(nn.Module):
     def combine(self, fine: Tensor, aux: tuple[Tensor, ...], hidden: Tensor | None, call: Call) -> Tensor:
         """Add what a method computes beside the fine attention, in host order. Default: nothing."""
         return fine
+
+    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What the method added, by its own names: without the factors that an adapter (LoRA) has put around a layer."""
+        for name, parameter in self.named_parameters():
+            plain = name.replace(".base_layer.", ".")
+            if plain in self.added:
+                yield plain, parameter
 
     def tally(self, blocks: BlockMap, batch: int, *more: BlockMap) -> None:
         """Report the executed map of this call, or several disjoint ones whose parts are merged.

@@ -103,6 +103,11 @@ class VMoBAAttention(SparseAttention):
 
     method: VMoBA
 
+    def __init__(self, method: VMoBA, site: Site) -> None:
+        super().__init__(method, site)
+        # Read here, not in `core`: a compiled block guards on every int it reads, and the layer differs in each.
+        self.top_k = method.top_k[site.layer % 3]
+
     def core(
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -126,7 +131,7 @@ class VMoBAAttention(SparseAttention):
         gate = torch.einsum("bshd,bkhd->bhsk", q.detach().float(), self._mean(k.detach(), blocking))
         video = torch.ones_like(chunks, dtype=torch.bool) if text is None else ~text
         counted = video[slot_block][:, None] & video
-        keep = self._choose(gate, mine, counted, layout, self.site.layer)
+        keep = self._choose(gate, mine, counted, layout)
         keep = torch.where(counted, keep & ~mine, True)
         row_count = torch.where(video, 1, 0).to(torch.int32)[None, None]
         own = BlockMap(chunks.to(torch.int32)[None, None, :, None], row_count, blocking, blocking)
@@ -142,14 +147,14 @@ class VMoBAAttention(SparseAttention):
         method = self.method
         if method.select == "top_k" and method.scope == "query_head":
             text = layout.blocks - layout.video_tiles
-            return min(method.top_k[self.site.layer % 3], layout.video_tiles) - 1 + text
+            return min(self.top_k, layout.video_tiles) - 1 + text
         return layout.blocks
 
-    def _choose(self, gate: Tensor, mine: Tensor, counted: Tensor, layout: Layout, layer: int) -> Tensor:
+    def _choose(self, gate: Tensor, mine: Tensor, counted: Tensor, layout: Layout) -> Tensor:
         method = self.method
         if method.select == "threshold":
             return gate_threshold(gate, mine, counted, share=method.threshold, scope=method.scope)
-        top = min(method.top_k[layer % 3], layout.video_tiles)
+        top = min(self.top_k, layout.video_tiles)
         return gate_top_k(gate, mine, counted, top=top, tokens=layout.grid.video, scope=method.scope)
 
 

@@ -49,7 +49,8 @@ def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 
 def _merge_grad(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, Any]:
-    outs, lses = ctx.saved_tensors[: ctx.parts], ctx.saved_tensors[ctx.parts :]
+    saved = ctx.saved_tensors  # read once: checkpointing unpacks each saved tensor a single time
+    outs, lses = saved[: ctx.parts], saved[ctx.parts :]
     if grad_out is None and grad_lse is None:
         return [None] * ctx.parts, [None] * ctx.parts
     grad_out = torch.zeros_like(outs[0]) if grad_out is None else grad_out.contiguous()
