@@ -228,9 +228,8 @@ def demo(
     console.print(tables.demo_table(runs))
     console.print(f"Videos, contact sheet [bold]{folder / 'sheet.png'}[/bold] and report.json are in {folder}/.")
     console.print(
-        "What this does not show: speed. The model is tiny, its 1 280 tokens are far below the length where sparse "
-        "attention pays, and its layers other than attention take most of the time. How a large model bears a density "
-        "is not shown either."
+        "What this does not show: speed. The model is tiny, and its 1 280 tokens are far below the length where sparse "
+        "attention pays for its search. Nor does it show how a large model bears a density."
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from vsparse import backend
 from vsparse.blocks import BlockMap
@@ -23,6 +24,8 @@ from vsparse.schedule import Phase, Schedule
 from vsparse.state import Version
 
 __all__ = ["Reading", "Runtime", "StepSource", "Tracker", "Where"]
+
+_LAYOUTS = 8  # grids whose layouts a root keeps
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -208,12 +211,12 @@ class Runtime:
         branch = self._enter(where, reading)
         against = [reason for site in self.sites if (reason := self.intact(module, site)) is not None]
         sparse = [s for s in self.sites if self._phase(s, where, branch) != "dense"]
-        if sparse:
-            against += self._unsupported(sparse[0], reading, module)
+        against += self._unsupported(sparse, reading, module)
         if against:
             self._fall_back(against)
-        step = torch.tensor(-1 if where.step is None else where.step, device=reading.device)
-        density = torch.tensor(self._density(module), dtype=torch.float64, device=reading.device)
+        # full, not tensor: a fill is launched on the device, a copy from the host would wait for it.
+        step = torch.full((), -1 if where.step is None else where.step, device=reading.device)
+        density = torch.full((), self._density(module), dtype=torch.float64, device=reading.device)
         trim = self._trim(reading)
         calls: dict[object, Call] = {}
         bound = []
@@ -240,6 +243,8 @@ class Runtime:
         """Notice a new generation, batch or grid; returns the branch."""
         if self._form != (reading.grid, reading.batch):
             self.reset()
+            if len(self._layouts) > _LAYOUTS * len(self.sites):
+                self._layouts.clear()
             self._form = (reading.grid, reading.batch)
         branch = where.branch or "default"
         key, last, repeats = self._seen or (None, None, {})
@@ -295,13 +300,17 @@ class Runtime:
             self._layouts[key] = next(same, None) or layout.to(device)
         return self._layouts[key]
 
-    def _unsupported(self, site: SparseAttention, reading: Reading, module: nn.Module) -> list[str]:
-        layout = self._layout(reading.grid, site, reading.device)
-        dtype = self._dtype(module, site, reading.device)
-        key = (layout.key, reading.device, dtype)
-        if key not in self._reasons:
-            self._reasons[key] = kernel_reasons(layout, site.site.heads, site.site.head_dim, dtype, reading.device)
-        return self._reasons[key]
+    def _unsupported(self, sites: list[SparseAttention], reading: Reading, module: nn.Module) -> list[str]:
+        """Why the kernel cannot run these sites, asked once for each layout and dtype."""
+        dtype = self._dtype(module, sites[0], reading.device) if sites else None
+        found: list[str] = []
+        for layout, site in {self._layout(reading.grid, s, reading.device): s.site for s in sites}.items():
+            key = (layout.key, reading.device, dtype)
+            if key not in self._reasons:
+                assert dtype is not None
+                self._reasons[key] = kernel_reasons(layout, site.heads, site.head_dim, dtype, reading.device)
+            found += self._reasons[key]
+        return found
 
     def _dtype(self, module: nn.Module, site: SparseAttention, device: torch.device) -> torch.dtype:
         """dtype that attention computes in: autocast's, else that of the site's projections."""
@@ -328,7 +337,7 @@ class Runtime:
                 if known == versions and all(r() is x for r, x in zip(refs, reading.text_source, strict=True)):
                     longest = value
         if longest is None:
-            longest = int(reading.text_length.max())
+            longest = _longest(reading)
             entry = (tuple(weakref.ref(x) for x in reading.text_source), versions, longest)
             self._longest = [entry, *self._longest[:7]]
         trim = torch.empty(reading.grid.video + longest, 0, device=reading.device)
@@ -384,6 +393,13 @@ class Runtime:
         )
         memo[id(self)] = twin
         return twin
+
+
+def _longest(reading: Reading) -> int:
+    """Longest valid text; without values (FakeTensor) all of it."""
+    length = reading.text_length
+    assert length is not None
+    return reading.grid.text if isinstance(length, FakeTensor) else int(length.max())
 
 
 def _token_pairs(reading: Reading) -> Tensor | float:

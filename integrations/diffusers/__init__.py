@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from vsparse.geometry import Grid
 from vsparse.host import Claim, Root
 from vsparse.methods import Site, SparseAttention
+from vsparse.optional import require
 from vsparse.runtime import Reading, Runtime, StepSource
 
 from . import processors
@@ -35,13 +37,30 @@ __all__ = [
 ]
 
 
+# The floor and the pin of constraints.txt: what `make test-floor` and `make test` run.
+TESTED = ("0.37.0", "0.42.1")
+
+
 def known() -> list[str]:
     """Model classes of the host table."""
     return [model for host in HOSTS for model in host.models]
 
 
+@functools.cache
+def _check_version() -> None:
+    """Warn, once, about a diffusers that the tests have not seen."""
+    version = require("diffusers", "diffusers").__version__
+    if version not in TESTED:
+        warnings.warn(
+            f"vsparse is tested with diffusers {' and '.join(TESTED)}; this is {version}. It refuses processors "
+            "that it does not recognise, but has not been run with this version",
+            stacklevel=2,
+        )
+
+
 def roots(target: object) -> list[Root] | None:
     """Video transformers of a pipeline, or the transformer itself; None when the target is nothing of diffusers."""
+    _check_version()
     if isinstance(target, nn.Module):
         host = host_of(target)
         return None if host is None else [_root("transformer", target, host)]
@@ -138,14 +157,19 @@ def unlisten(module: nn.Module) -> None:
 def placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and compute dtype for parameters that are added to an attention module.
 
-    Under layerwise casting the weights are stored in float8: what counts is the dtype that they are cast to.
+    Under layerwise casting the weights are stored in float8: what counts is the dtype that they are cast to. Where
+    offloading moves single layers in and out, ours stay on the device that computes: they are small, and no hook of
+    the offloader knows them.
     """
     linear = module.get_submodule("to_q")
     parameters = [*linear.parameters(), *module.parameters()]
-    device = parameters[0].device
-    registry = getattr(linear, "_diffusers_hook", None)
-    hook = None if registry is None else registry.hooks.get("layerwise_casting")
-    if hook is not None:
-        return device, hook.compute_dtype
+    while isinstance(inner := getattr(linear, "base_layer", None), nn.Module):
+        linear = inner
+    hooks = getattr(getattr(linear, "_diffusers_hook", None), "hooks", {})
+    device = torch.device(getattr(getattr(linear, "_hf_hook", None), "execution_device", None) or parameters[0].device)
+    if "group_offloading" in hooks:
+        device = torch.device(hooks["group_offloading"].group.onload_device)
+    if "layerwise_casting" in hooks:
+        return device, hooks["layerwise_casting"].compute_dtype
     ordinary = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     return device, next((p.dtype for p in parameters if p.dtype in ordinary), torch.float32)

@@ -1,12 +1,43 @@
-"""CPU implementations of the ops, in PyTorch."""
-from vsparse import backend, reference
-from vsparse.backend import Implementation
-def _none(*a, **k): return ["skip_threshold has no CPU implementation"] if k.get("skip_threshold") is not None else []
-def _fwd(q,k,v,blocks,*,scale,skip_threshold=None):
-    o,l=reference.block_sparse_attention(q,k,v,blocks,scale=scale); return o.contiguous(), l
-def _bwd(*a,**k): return tuple(x.contiguous() for x in reference.block_sparse_attention_backward(*a,**k))
-def _search(*a,**k):
-    o,l,m=reference.search_attention(*a,**k); return o.contiguous(),l,m
+"""CPU implementations of the ops, in PyTorch. Importing this registers them; README.md says how they work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import torch
-for n,f in dict(block_sparse_attention=_fwd,block_sparse_attention_backward=_bwd,block_mass=lambda *a,**k: reference.block_mass(*a,**k),search_attention=_search,block_pool=lambda *a: reference.block_pool(*a),block_pool_backward=lambda *a: reference.block_pool_backward(*a),merge_attention=lambda *a: reference.merge_attention(*a),merge_attention_backward=lambda *a: reference.merge_attention_backward(*a)).items():
-    backend.register(n, Implementation("reference","cpu",f,_none),priority=0)
+from torch import Tensor
+
+from vsparse.backend import Implementation, register
+
+from .attention import block_sparse_attention, block_sparse_attention_backward
+from .mass import block_mass, search_attention
+from .merge import merge_attention, merge_attention_backward
+from .pool import block_pool, block_pool_backward
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _unsupported(*args: Any, skip_threshold: float | None = None, **options: Any) -> list[str]:
+    found = []
+    tensors = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,)) if isinstance(x, Tensor)]
+    for dtype in sorted({x.dtype for x in tensors} - set(_DTYPES), key=str):
+        found.append(f"{dtype} is not among {', '.join(map(str, _DTYPES))}")
+    if skip_threshold is not None:
+        found.append(f"{skip_threshold=}: skipping blocks saves nothing in one call over gathered keys; pass None")
+    return found
+
+
+_RUN: dict[str, Callable[..., Any]] = {
+    "block_sparse_attention": block_sparse_attention,
+    "block_sparse_attention_backward": block_sparse_attention_backward,
+    "block_mass": block_mass,
+    "search_attention": search_attention,
+    "block_pool": block_pool,
+    "block_pool_backward": block_pool_backward,
+    "merge_attention": merge_attention,
+    "merge_attention_backward": merge_attention_backward,
+}
+
+for _op, _run in _RUN.items():
+    register(_op, Implementation("gathered", "cpu", _run, _unsupported), priority=0)

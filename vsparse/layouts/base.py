@@ -148,7 +148,8 @@ class Layout:
         ):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "video_tiles", video)
-        object.__setattr__(self, "tiled", _tiled(self))
+        with torch.inference_mode(False), _disable_current_modes():
+            object.__setattr__(self, "tiled", _tiled(self))
 
     @property
     def slots(self) -> int:

@@ -49,6 +49,7 @@ FLOORS = (
 _TRIALS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "vsa": ({"density": 0.5, "tile": (1, 8, 8)}, {"density": 0.25, "tile": (1, 8, 8)}),
     "adaspa": ({"density": 0.25},),
+    "vmoba": ({"frames": 1, "patch": (4, 4), "cube": (5, 4, 4), "top_k": (2, 4, 4)},),
 }
 
 
@@ -158,10 +159,12 @@ def facts(run: Run, clip: Clip) -> list[str]:
 
 
 def _dense_steps(run: Run, clip: Clip) -> str:
-    calls = {} if run.stats is None else dict(run.stats["calls"])
-    total = sum(calls.values())
-    dense = calls.get("dense", 0) + (calls.get("search", 0) if "reuse" in calls else 0)
-    return f"{round(clip.steps * dense / total) if total else 0} of {clip.steps} steps dense"
+    """How many denoising steps computed everything; the first search of a stateful method is exact, too."""
+    calls: Mapping[str, int] = {} if run.stats is None else run.stats["calls"]
+    exact = calls.get("dense", 0)
+    if "search" in get_method(run.method).state_phases:
+        exact += calls.get("search", 0)
+    return f"{round(clip.steps * exact / max(1, sum(calls.values())))} of {clip.steps} steps dense"
 
 
 def _file(run: Run) -> str:

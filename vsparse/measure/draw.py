@@ -76,7 +76,8 @@ def draw_layout(path: str | os.PathLike[str], layout: Layout, *, title: str = "l
         sides = [f"{len(x)} {name} the video" for x, name in ((before, "before"), (after, "after")) if len(x)]
         axis.set_title(f"text tokens: {' and '.join(sides)}", fontsize=9.5, color=INK, pad=4)
     full = ("a block and its index" if numbers else "a block", BLOCKS[0], None)
-    _legend(figure, [full, ("a block that is not full: padding in its slots", BLOCKS[0], "///")])
+    part = ("a block that is not full: padding in its slots", BLOCKS[0], "///")
+    _legend(figure, [full, part] if bool(ragged.any()) else [full])
     return save_figure(figure, target)
 
 
@@ -164,7 +165,9 @@ def _layout_facts(layout: Layout, ragged: int, shown: int) -> str:
     facts = [
         f"grid {grid.t} \u00d7 {grid.h} \u00d7 {grid.w} = {grid.video:,} video tokens{text}",
         f"{layout.blocks} blocks of {layout.block} slots",
-        f"{ragged} of them not full: {layout.slots:,} slots for {layout.tokens:,} tokens, {waste:.1%} padding",
+        f"{ragged} of them not full: {layout.slots:,} slots for {layout.tokens:,} tokens, {waste:.1%} padding"
+        if ragged
+        else "all full",
     ]
     if shown < grid.t:
         facts.append(f"first {shown} of {grid.t} latent frames shown")

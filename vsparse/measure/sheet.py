@@ -33,7 +33,7 @@ class SheetRow:
 def contact_sheet(
     path: str | os.PathLike[str], rows: Sequence[SheetRow], *, title: str, note: str = "", columns: int = 7
 ) -> Path:
-    """Write a PNG: one row of frames per run, and under every run that differs from the first, by how much.
+    """Write a PNG: one row of frames per run, and under every run that visibly differs from the first, by how much.
 
     Args:
         path: Ends in ".png". rows: the first is the reference; all have one shape. title: above all. note: below all.
@@ -56,7 +56,7 @@ def contact_sheet(
     shown = _spread(count, columns)
     cell, label, gap, group = 1.3, 2.75, 0.05, 0.22
     tall = cell * height / width
-    heights = [tall if _equal(row, rows[0]) else 2 * tall + gap for row in rows]
+    heights = [2 * tall + gap if _differs(row, rows[0]) else tall for row in rows]
     size = (label + len(shown) * (cell + gap) + 0.15, 1.05 + sum(heights) + group * (len(rows) - 1) + 0.15)
     figure = new_figure(*size)
     y = size[1] - 1.05
@@ -86,8 +86,9 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({int(i) for i in torch.linspace(0, count - 1, min(count, most)).round()})
 
 
-def _equal(row: SheetRow, reference: SheetRow) -> bool:
-    return bool(torch.equal(row.frames, reference.frames))
+def _differs(row: SheetRow, reference: SheetRow) -> bool:
+    """Whether a difference would show in 8 bits."""
+    return bool((row.frames - reference.frames).abs().max() * GAIN > 0.5 / 255)
 
 
 def _label(

@@ -56,6 +56,10 @@ class Pattern(abc.ABC):
         """The rule as one relation per axis that must all hold, or None when it has no such form."""
         return None
 
+    def restricts(self, grid: Grid) -> frozenset[int]:
+        """The axes that the rule depends on, of 0, 1, 2."""
+        return frozenset((0, 1, 2))
+
     def block_map(self, layout: Layout, *, text: TextRule = "always") -> BlockMap:
         """The block form; see `vsparse.patterns.block_map`."""
         return block_map(self, layout, text=text)
@@ -100,6 +104,10 @@ class Separable(Pattern):
     def axes(self, grid: Grid) -> Axes:
         """The relations of all axes."""
         return self.relation(grid, 0), self.relation(grid, 1), self.relation(grid, 2)
+
+    def restricts(self, grid: Grid) -> frozenset[int]:
+        """Those with a relation."""
+        return frozenset(axis for axis, relation in enumerate(self.axes(grid)) if relation is not None)
 
     def bounds(self, q: Box, k: Box, grid: Grid) -> Bounds:
         """Exact, by counting in the relation of each axis."""
@@ -169,6 +177,10 @@ class Complement(Pattern):
         """Of the part, if it restricts one axis only."""
         return _negated(self.part.axes(grid), grid)
 
+    def restricts(self, grid: Grid) -> frozenset[int]:
+        """Those of the part."""
+        return self.part.restricts(grid)
+
     def __invert__(self) -> Pattern:
         return self.part
 
@@ -207,6 +219,10 @@ class Intersection(Pattern):
             joint = _joint(joint, axes)
         return joint
 
+    def restricts(self, grid: Grid) -> frozenset[int]:
+        """Those of any part."""
+        return frozenset().union(*(part.restricts(grid) for part in self.parts))
+
     def __repr__(self) -> str:
         return f"({' & '.join(map(repr, self.parts))})"
 
@@ -228,6 +244,10 @@ class Union(Pattern):
     def axes(self, grid: Grid) -> Axes | None:
         """By De Morgan; exists when all parts restrict one and the same axis."""
         return _negated(Intersection(parts=tuple(~part for part in self.parts)).axes(grid), grid)
+
+    def restricts(self, grid: Grid) -> frozenset[int]:
+        """Those of any part."""
+        return frozenset().union(*(part.restricts(grid) for part in self.parts))
 
     def __repr__(self) -> str:
         return f"({' | '.join(map(repr, self.parts))})"
@@ -254,6 +274,10 @@ class Transposed(Pattern):
             return None
         t, h, w = (None if x is None else x.T for x in axes)
         return t, h, w
+
+    def restricts(self, grid: Grid) -> frozenset[int]:
+        """Those of the part."""
+        return self.part.restricts(grid)
 
     @property
     def T(self) -> Pattern:  # noqa: N802
@@ -329,7 +353,8 @@ class _Request:
 def _block_mask(request: _Request) -> Tensor:
     layout, pattern = request.layout, request.pattern
     with _plain():
-        keep = kept_pairs(functools.partial(_bounds, pattern, layout.grid), layout)
+        axes = sorted(pattern.restricts(layout.grid))
+        keep = kept_pairs(functools.partial(_bounds, pattern, layout.grid), layout, axes)
         keep = _with_text(pattern, keep, layout.segment.cpu() == int(Segment.TEXT), request.text)
         empty = layout.length[0, 0].cpu() == 0
         return keep | ((keep | empty).all(-1) & ~empty)[:, None]

@@ -101,6 +101,10 @@ class FrameBand(Pattern):
             return (given + (-1,) * grid.t)[: grid.t]
         return tuple(int(given(distance, grid)) for distance in range(grid.t))
 
+    def restricts(self, grid: Grid) -> frozenset[int]:
+        """Rows and columns; frames if the width follows their distance."""
+        return frozenset((1, 2)) if len(set(self.widths(grid))) == 1 else frozenset((0, 1, 2))
+
     def bounds(self, q: Box, k: Box, grid: Grid) -> Bounds:
         """Exact: in-frame differences and frame differences of two boxes are independent of each other."""
         widest, narrowest = _extremes(self.widths(grid))

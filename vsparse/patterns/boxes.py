@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -124,11 +124,14 @@ def _joined(owner: Tensor, box: Box, axis: int) -> tuple[Tensor, Box]:
     return owner[starts], Box(box.low[:, starts], box.high[:, ends])
 
 
-def kept_pairs(rule: Rule, layout: Layout) -> Tensor:
+def kept_pairs(rule: Rule, layout: Layout, axes: Sequence[int] = (0, 1, 2)) -> Tensor:
     """``[K, K]`` bool on the CPU: block pairs with at least one pair of video tokens that satisfies the rule.
 
     Block pairs are judged by the boxes around them; those that stay open by their parts, then by halves of these, down
     to single tokens where it must be. The result is exact; the time grows with the border of the rule, not with N^2.
+
+    Args:
+        axes: Those that the rule depends on.
     """
     shapes = _Shapes.of(layout)
     blocks = len(shapes.block)
@@ -140,29 +143,48 @@ def kept_pairs(rule: Rule, layout: Layout) -> Tensor:
         found = rule(shapes.hull.at(part, None), shapes.hull.at(None))
         keep[part] = found.every | (found.some & whole[part, None] & whole)
         row, column = (found.maybe & ~keep[part]).nonzero().unbind(1)
-        _settle(rule, shapes, keep, row + first, column)
+        for owner, box in _part_pairs(shapes, row + first, column):
+            _settle(rule, keep.view(-1), owner, box, axes)
     out = torch.zeros(layout.blocks, layout.blocks, dtype=torch.bool)
     out[shapes.block[:, None], shapes.block] = keep
     return out
 
 
-def _settle(rule: Rule, shapes: _Shapes, keep: Tensor, row: Tensor, column: Tensor) -> None:
-    """Decide the given pairs of blocks; depth first, so that few boxes are held at a time."""
-    flat = keep.view(-1)
-    for work in _part_pairs(shapes, row, column):
-        stack = [work]
-        while stack:
-            owner, box = stack.pop()
-            live = ~flat[owner]
-            owner, box = owner[live], box.at(live)
-            found = rule(Box(box.low[:3], box.high[:3]), Box(box.low[3:], box.high[3:]))
-            flat[owner[found.some]] = True
-            open_ = found.maybe & ~flat[owner]
-            if bool(open_.any()):
-                stack += _halves(owner[open_], box.at(open_))
-
-
 _Work = tuple[Tensor, Box]  # owner [n]: entry of the flat mask; box [6, n]: query box above key box
+
+
+def _settle(rule: Rule, keep: Tensor, owner: Tensor, box: Box, axes: Sequence[int]) -> None:
+    """Decide pairs of boxes, depth first, so that few are held at a time.
+
+    One random pair of tokens of each open pair is tried before it is halved: most pairs that hold a hit hold many.
+    """
+    chance = torch.Generator().manual_seed(0)
+    stack = [(owner, box)]
+    while stack:
+        owner, box = stack.pop()
+        for probe in (box, None):
+            live = ~keep[owner]
+            owner, box = owner[live], box.at(live)
+            found = rule(*_sides(box if probe is not None else _random_tokens(box, chance)))
+            keep[owner[found.some]] = True
+            if probe is not None:
+                owner, box = owner[found.maybe], box.at(found.maybe)
+        live = ~keep[owner]
+        if bool(live.any()):
+            stack += _halves(owner[live], box.at(live), axes)
+
+
+def _sides(box: Box) -> tuple[Box, Box]:
+    """The query boxes and the key boxes of pairs of boxes ``[6, n]``."""
+    return Box(box.low[:3], box.high[:3]), Box(box.low[3:], box.high[3:])
+
+
+def _random_tokens(box: Box, chance: torch.Generator) -> Box:
+    """One token of each side of pairs of boxes."""
+    extent = box.high - box.low + 1
+    place = box.low + (torch.rand(extent.shape, generator=chance) * extent).long()
+    place = place.minimum(box.high)
+    return Box(place, place)
 
 
 def _part_pairs(shapes: _Shapes, row: Tensor, column: Tensor) -> Iterator[_Work]:
@@ -179,11 +201,12 @@ def _part_pairs(shapes: _Shapes, row: Tensor, column: Tensor) -> Iterator[_Work]
         yield owner, Box(torch.cat((a.low, b.low)), torch.cat((a.high, b.high)))
 
 
-def _halves(owner: Tensor, box: Box) -> list[_Work]:
-    """Each pair of boxes as two, cut in the middle of its longest side."""
-    extent, axis = (box.high - box.low).max(0)
+def _halves(owner: Tensor, box: Box, axes: Sequence[int]) -> list[_Work]:
+    """Each pair of boxes as two, cut in the middle of its longest side along one of the axes."""
+    sides = torch.tensor([axis + side for axis in sorted(axes, reverse=True) for side in (0, 3)])
+    extent, longest = (box.high - box.low)[sides].max(0)
     assert bool((extent > 0).all()), "a rule left a pair of single tokens undecided"
-    line = torch.arange(len(owner))
+    axis, line = sides[longest], torch.arange(len(owner))
     cut = (box.low[axis, line] + box.high[axis, line]) // 2
     low, high = box.low.clone(), box.high.clone()
     high[axis, line], low[axis, line] = cut, cut + 1

@@ -1,0 +1,159 @@
+"""Block-sparse attention and its gradient: gathered tokens through PyTorch's CPU flash attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vsparse.blocks import BlockMap
+from vsparse.reference import statistics_dtype
+
+from .rows import Chunk, Plan, Tokens, flat
+
+__all__ = ["block_sparse_attention", "block_sparse_attention_backward"]
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+# Columns appended to the head dimension to carry the gradient of the LSE; one is used, eight keep rows aligned.
+_SPARE = 8
+
+
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap, *, scale: float, skip_threshold: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Implements `vsparse.reference.block_sparse_attention`; the work is proportional to the kept pairs."""
+    assert skip_threshold is None
+    wide = statistics_dtype(q.dtype)
+    plan = Plan(blocks, q, k, wide)
+    out = torch.zeros(q.shape, dtype=q.dtype)
+    lse = torch.full(q.shape[:3], -torch.inf, dtype=wide)
+    rows, flat_out, flat_lse = (flat(q), flat(k), flat(v)), flat(out), flat(lse)
+    key_major = plan.key_major
+    for lanes in plan.groups():
+        if key_major:
+            total = _Sum(out, lanes, wide)
+            for chunk in plan.listed_columns(lanes):
+                total.merge(flat_lse, chunk.q, *_attend(chunk, rows, scale, wide))
+            total.close()
+        else:
+            for chunk in plan.listed_rows(lanes):
+                part, part_lse = _attend(chunk, rows, scale, wide)
+                chunk.q.put(flat_out, part)
+                chunk.q.put(flat_lse, part_lse)
+        for chunk in plan.full_rows(lanes):
+            part, part_lse = _attend(chunk, rows, scale, wide)
+            chunk.q.put(flat_out, part)
+            chunk.q.put(flat_lse, part_lse)
+    return out, lse
+
+
+def block_sparse_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    blocks: BlockMap,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Implements `vsparse.reference.block_sparse_attention_backward`."""
+    wide = statistics_dtype(q.dtype)
+    plan = Plan(blocks, q, k, wide)
+    grads = tuple(torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
+    rows = (flat(q), flat(k), flat(v))
+    saved = (flat(grad_out), None if grad_lse is None else flat(grad_lse), flat(out), flat(lse))
+    listed = plan.listed_columns if plan.key_major else plan.listed_rows
+    # Long runs of queries are twice as fast in bfloat16, and the rounding is then that of dense attention.
+    long = q.dtype if q.dtype == torch.bfloat16 and grad_lse is None else wide
+    for lanes in plan.groups():
+        sums = [_Sum(grad, lanes, wide) for grad in grads]
+        for chunks, dtype in ((listed(lanes), wide), (plan.full_rows(lanes), long)):
+            for chunk in chunks:
+                parts = _attend_backward(chunk, rows, saved, scale, dtype)
+                for total, to, part in zip(sums, (chunk.q, chunk.k, chunk.k), parts, strict=True):
+                    total.add(to, part)
+        for total in sums:
+            total.close()
+    return grads
+
+
+def _attend(chunk: Chunk, rows: tuple[Tensor, Tensor, Tensor], scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``out [n, A, D]`` and ``lse [n, A]`` of a chunk."""
+    q, k, v = (to.take(x, dtype).unsqueeze(1) for to, x in zip((chunk.q, chunk.k, chunk.k), rows, strict=True))
+    out, lse = _flash(q, k, v, attn_mask=_mask(chunk), scale=scale)
+    lse = lse.squeeze(1)
+    if chunk.bias is not None:
+        # Flash reports 0 for a row whose every key is masked.
+        lse = lse.masked_fill((chunk.bias == -torch.inf).all(1)[:, None], -torch.inf)
+    return out.squeeze(1), lse
+
+
+def _attend_backward(
+    chunk: Chunk,
+    rows: tuple[Tensor, Tensor, Tensor],
+    saved: tuple[Tensor, Tensor | None, Tensor, Tensor],
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dq [n, A, D]``, ``dk`` and ``dv [n, L, D]`` of a chunk."""
+    q, k, v = (to.take(x, dtype) for to, x in zip((chunk.q, chunk.k, chunk.k), rows, strict=True))
+    grad_out, grad_lse, out, lse = (None if x is None else chunk.q.take(x, x.dtype) for x in saved)
+    assert grad_out is not None and out is not None and lse is not None
+    idle = lse == -torch.inf
+    if chunk.q.valid is not None:
+        idle = idle | ~chunk.q.valid
+    grad_out, out = grad_out.to(dtype).masked_fill(idle[..., None], 0), out.to(dtype)
+    lse = lse.masked_fill(idle, 0)
+    if grad_lse is not None:
+        # dS = P (dP - sum(out dOut) + dLSE): one more column, 1 in out and -dLSE in dOut, and none in q, k, v.
+        q, k, v, out, grad_out = (torch.nn.functional.pad(x, (0, _SPARE)) for x in (q, k, v, out, grad_out))
+        out[..., -1] = 1
+        grad_out[..., -1] = -grad_lse.masked_fill(idle, 0)
+    heads = (x.unsqueeze(1) for x in (grad_out, q, k, v, out, lse))
+    grads = _flash_backward(*heads, 0.0, False, attn_mask=_mask(chunk), scale=scale)
+    return tuple(x.squeeze(1)[..., : rows[0].shape[-1]] for x in grads)  # type: ignore[return-value]
+
+
+def _mask(chunk: Chunk) -> Tensor | None:
+    return None if chunk.bias is None else chunk.bias[:, None, None]
+
+
+class _Sum:
+    """Rows of one lane group summed in ``dtype``: the target itself when it has that dtype, else a buffer beside it."""
+
+    def __init__(self, target: Tensor, lanes: Tensor, dtype: torch.dtype) -> None:
+        self.target, self.lanes, self.beside = target, lanes, target.dtype != dtype
+        _, self.slots, self.heads, width = target.shape
+        self.rows = target.new_zeros(len(lanes) * self.slots, width, dtype=dtype) if self.beside else flat(target)
+
+    def _place(self, row: Tensor) -> Tensor:
+        if not self.beside:
+            return row
+        lane = row // (self.slots * self.heads) * self.heads + row % self.heads
+        return (lane - self.lanes[0]) * self.slots + row // self.heads % self.slots
+
+    def add(self, to: Tokens, part: Tensor) -> None:
+        """Add ``part [n, L, D]``; padding must hold zeros."""
+        self.rows.index_add_(0, self._place(to.row.flatten()), part.flatten(0, 1).to(self.rows.dtype))
+
+    def merge(self, flat_lse: Tensor, to: Tokens, part: Tensor, part_lse: Tensor) -> None:
+        """Merge ``part [n, A, D]`` over further keys into the rows; each query stands in it once."""
+        row, part, part_lse = to.row.flatten(), part.flatten(0, 1), part_lse.flatten()
+        if to.valid is not None:
+            kept = to.valid.flatten().nonzero().squeeze(1)
+            row, part, part_lse = row[kept], part[kept], part_lse[kept]
+        place, old = self._place(row), flat_lse[row]
+        new = torch.logaddexp(old, part_lse)
+        shift = torch.where(new == -torch.inf, 0, new)
+        self.rows[place] = self.rows[place] * (old - shift).exp()[:, None] + part * (part_lse - shift).exp()[:, None]
+        flat_lse[row] = new
+
+    def close(self) -> None:
+        """Round the sums into the target."""
+        if self.beside:
+            batch, head = self.lanes // self.heads, self.lanes % self.heads
+            self.target.transpose(1, 2)[batch, head] = self.rows.unflatten(0, (-1, self.slots)).to(self.target.dtype)

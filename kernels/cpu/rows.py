@@ -1,0 +1,265 @@
+"""Token rows: where the tokens of a list of blocks lie in a flat tensor, and how a block map is cut into chunks.
+
+A *lane* is one (batch, head) pair, ``b * H + h``. A *row id* addresses ``[B, S, H, D]`` viewed as ``[B * S * H, D]``:
+slot ``s`` of lane ``(b, h)`` is row ``(b * S + s) * H + h``. Everything here yields row ids; nothing reads q, k or v.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vsparse.blocks import BlockMap
+from vsparse.layouts import Blocking
+
+__all__ = ["Chunk", "Lanes", "Plan", "Tokens", "flat", "lane_groups", "tokens"]
+
+# Elements of one gathered tensor in a chunk, and of one lane group. A chunk of K and V in float32 is then 1 MiB each,
+# which stays in the second-level caches; a lane group is what one pass keeps warm, and what accumulators may take.
+CHUNK = 1 << 18
+GROUP = 1 << 19
+
+
+def flat(x: Tensor) -> Tensor:
+    """``[B, S, H, ...]`` -> ``[B * S * H, ...]``, a view when x is contiguous."""
+    return x.contiguous().flatten(0, 2)
+
+
+@dc.dataclass(frozen=True)
+class Tokens:
+    """Tokens of ``n`` lists of blocks, shorter lists padded by repeating their first token.
+
+    Args:
+        row: ``[n, L]`` int64 row ids. valid: ``[n, L]`` bool, or None when nothing is padded.
+        label: ``[n, L]``, the label of the block each token came from (None when none was asked for).
+    """
+
+    row: Tensor
+    valid: Tensor | None
+    label: Tensor | None
+
+    def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of ``x [B * S * H, ...]`` as ``[n, L, ...]`` in ``dtype``."""
+        return x.index_select(0, self.row.flatten()).to(dtype).unflatten(0, self.row.shape)
+
+    def put(self, x: Tensor, value: Tensor) -> None:
+        """Write ``value [n, L, ...]`` to the rows of ``x``, padding left out."""
+        row, value = self.row.flatten(), value.flatten(0, 1)
+        if self.valid is not None:
+            kept = self.valid.flatten().nonzero().squeeze(1)
+            row, value = row[kept], value[kept]
+        x[row] = value.to(x.dtype)
+
+
+def tokens(
+    start: Tensor, length: Tensor, stride: int, *, label: Tensor | None = None, offsets: Tensor | None = None
+) -> Tokens:
+    """Row ids of all valid tokens of ``n`` lists of ``c`` blocks, list by list, block by block.
+
+    Args:
+        start: ``[n, c]`` int64, row id of the first slot of each block. length: ``[n, c]`` int64, its valid tokens.
+            No list may be without tokens.
+        stride: Rows between two slots of a block. label: ``[n, c]``, carried along.
+        offsets: ``[R]`` int64, the slots of a block to list, those past its length left out; None: all valid ones.
+    """
+    place = torch.arange(int(length.max())) if offsets is None else offsets
+    row = start[..., None] + place * stride
+    wide = None if label is None else label[..., None].expand_as(row)
+    inside = place < length[..., None]
+    if bool(inside.all()):
+        return Tokens(row.flatten(1), None, None if wide is None else wide.flatten(1))
+    size = inside.sum((1, 2))
+    valid = torch.arange(int(size.max())) < size[:, None]
+    first = size.cumsum(0) - size
+    valid_mask = None if bool(valid.all()) else valid
+
+    def padded(x: Tensor) -> Tensor:
+        kept = x[inside]
+        return kept[first][:, None].repeat(1, valid.shape[1]).masked_scatter(valid, kept)
+
+    return Tokens(padded(row), valid_mask, None if wide is None else padded(wide))
+
+
+class Lanes:
+    """The blocks of one sequence as row ids.
+
+    Args:
+        blocking: The blocking. x: ``[B, S, H, ...]``, for its shape.
+        offsets: ``[R]`` int64, the only slots of a block to list; None: all.
+
+    Attributes: ``start``, ``length`` and ``size`` (tokens to list) of each block, ``[B * H, K]`` int64, and ``stride``,
+    the rows between two slots.
+    """
+
+    def __init__(self, blocking: Blocking, x: Tensor, offsets: Tensor | None = None) -> None:
+        batch, slots, heads = x.shape[:3]
+        start = blocking.start
+        if start is None:
+            start = (torch.arange(blocking.blocks) * blocking.block)[None, None]
+        first = torch.arange(batch)[:, None] * (slots * heads) + torch.arange(heads)
+        shape = (batch, heads, blocking.blocks)
+        self.start = (start.long() * heads + first[..., None]).expand(shape).flatten(0, 1)
+        self.length = blocking.length.long().expand(shape).flatten(0, 1)
+        self.offsets = offsets
+        self.size = self.length if offsets is None else (offsets < self.length[..., None]).sum(-1)
+        self.stride, self.slots = heads, slots
+
+    def tokens(self, lanes: Tensor, *, keep: Tensor | None = None, label: bool = False) -> Tokens:
+        """Tokens of whole lanes ``[n]``, or of the blocks that ``keep [n, K]`` marks; ``label`` asks for block ids."""
+        length = self.length[lanes] if keep is None else torch.where(keep, self.length[lanes], 0)
+        block = torch.arange(length.shape[1]).expand_as(length) if label else None
+        return tokens(self.start[lanes], length, self.stride, label=block, offsets=self.offsets)
+
+    def blocks(self, lanes: Tensor, block: Tensor) -> Tokens:
+        """Tokens of one block ``[n]`` of each lane ``[n]``."""
+        start, length = self.start[lanes, block], self.length[lanes, block]
+        return tokens(start[:, None], length[:, None], self.stride, label=block[:, None], offsets=self.offsets)
+
+
+def lane_groups(lanes: int, elements: int, least: int = 1) -> Iterator[Tensor]:
+    """Runs of ``least`` or more lanes, each lane with ``elements`` elements, about ``GROUP`` elements together."""
+    yield from torch.arange(lanes).split(max(least, GROUP // elements))
+
+
+@dc.dataclass(frozen=True)
+class Chunk:
+    """``n`` sets of queries, each attending to one set of keys.
+
+    Args:
+        q: Query tokens ``[n, A]``. k: key tokens ``[n, L]``; labels are key blocks if the plan was asked for them.
+        bias: ``[n, L]`` added to the logits, -inf on padding, or None.
+        target: ``[n]`` int64, ``lane * Q + i`` of the query block, for chunks of listed rows.
+    """
+
+    q: Tokens
+    k: Tokens
+    bias: Tensor | None
+    target: Tensor
+
+
+class Plan:
+    """A block map over concrete q and k, cut into chunks.
+
+    Full rows (every key block) of a lane form one set of queries against all its keys. The other rows are listed:
+    row-major chunks gather the keys of each query block; key-major chunks gather the queries of each key block.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockMap,
+        q: Tensor,
+        k: Tensor,
+        dtype: torch.dtype,
+        *,
+        label: bool = False,
+        offsets: Tensor | None = None,
+    ) -> None:
+        lead = (q.shape[0], q.shape[2])
+        self.q, self.k = Lanes(blocks.q, q, offsets), Lanes(blocks.k, k)
+        self.lanes, self.width, self.dtype = lead[0] * lead[1], q.shape[-1], dtype
+        count = blocks.count.long().expand(*lead, -1).flatten(0, 1)
+        self.full = (count == blocks.k.blocks) & (self.q.size > 0)
+        self.count = torch.where(self.full | (self.q.size == 0), 0, count)
+        self.index = blocks.index.flatten(0, 1)
+        lists = torch.arange(len(self.index)).view(blocks.index.shape[:2])
+        self.list_of_lane = lists.expand(lead).flatten()
+        self.bias = None
+        if blocks.key_bias is not None:
+            self.bias = blocks.key_bias.to(dtype).expand(*lead, -1).flatten(0, 1)
+        self.label = label or self.bias is not None
+
+    @property
+    def key_major(self) -> bool:
+        """Whether query blocks are so short that gathering keys for each of them would cost more than attending."""
+        queries, keys = int(self.q.length.max()), int(self.k.length.max())
+        return queries < 16 and 4 * queries <= keys
+
+    def groups(self) -> Iterator[Tensor]:
+        """Lanes in runs that one pass keeps warm; full rows need one lane per thread, listed rows do not."""
+        least = torch.get_num_threads() if bool(self.full.any()) else 1
+        return lane_groups(self.lanes, max(self.q.slots, self.k.slots) * self.width, least)
+
+    def _chunk(self, lane: Tensor, q: Tokens, k: Tokens, target: Tensor) -> Chunk:
+        bias = None
+        if self.bias is not None and k.label is not None:
+            bias = self.bias[lane].gather(1, k.label)
+        if k.valid is not None:
+            bias = k.row.new_zeros(k.row.shape, dtype=self.dtype) if bias is None else bias
+            bias = bias.masked_fill(~k.valid, -torch.inf)
+        return Chunk(q, k, bias, target)
+
+    def full_rows(self, lanes: Tensor) -> Iterator[Chunk]:
+        """Chunks of lanes, each with the queries of its full rows against all its keys."""
+        keys = self.k.size[lanes].sum(1)
+        order = _by_size((self.q.size[lanes] * self.full[lanes]).sum(1), keys)
+        for part in _cut(order, keys[order], self.width):
+            lane = lanes[part]
+            q = self.q.tokens(lane, keep=self.full[lane], label=self.label)
+            yield self._chunk(lane, q, self.k.tokens(lane, label=self.label), lane)
+
+    def listed_rows(self, lanes: Tensor) -> Iterator[Chunk]:
+        """Row-major chunks: query blocks with the keys they keep, those of like size together."""
+        count, index, used = self._lists(lanes)
+        index = torch.where(used, index, 0)
+        length = torch.where(used, self.k.length[lanes][:, None].expand(-1, count.shape[1], -1).gather(2, index), 0)
+        count, index, length = count.flatten(), index.flatten(0, 1), length.flatten(0, 1)
+        size, rows = length.sum(1), self.q.size.shape[1]
+        # Flash attention on CPU works on 32 queries at a time: fewer cost as much, so like numbers of tiles go together.
+        order = _by_size((self.q.size[lanes].flatten() + 31) // 32, size)
+        for part in _cut(order, size[order], self.width):
+            lane, block, entries = lanes[part // rows], part % rows, int(count[part].max())
+            kept = index[part, :entries]
+            k = tokens(self.k.start[lane[:, None], kept], length[part, :entries], self.k.stride, label=kept)
+            yield self._chunk(lane, self.q.blocks(lane, block), k, lane * rows + block)
+
+    def listed_columns(self, lanes: Tensor) -> Iterator[Chunk]:
+        """Key-major chunks: one key block of each lane with the queries that keep it; no query twice in a chunk."""
+        count, index, used = self._lists(lanes)
+        blocks = self.k.size.shape[1]
+        keep = torch.zeros(*count.shape, blocks + 1, dtype=torch.bool)
+        keep.scatter_(2, torch.where(used, index, blocks), True)
+        for block in range(blocks):
+            rows = keep[..., block] & (self.q.size[lanes] > 0)
+            busy = (rows.any(1) & (self.k.size[lanes, block] > 0)).nonzero().squeeze(1)
+            if not len(busy):
+                continue
+            q = _in_parts(self.q.tokens(lanes[busy], keep=rows[busy]))
+            lane = lanes[busy].repeat_interleave(len(q.row) // len(busy))
+            yield self._chunk(lane, q, self.k.blocks(lane, torch.full_like(lane, block)), lane)
+
+    def _lists(self, lanes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``count [n, Q]``, ``index [n, Q, M]`` int64 and which of its entries are used, full rows left out."""
+        count = self.count[lanes]
+        index = self.index[self.list_of_lane[lanes], :, : int(count.max())].long()
+        return count, index, torch.arange(index.shape[2]) < count[..., None]
+
+
+def _by_size(major: Tensor, minor: Tensor) -> Tensor:
+    """Order of the items that have work, largest first; ties keep their order."""
+    work = ((major > 0) & (minor > 0)).nonzero().squeeze(1)
+    key = major[work] * (int(minor.max()) + 1) + minor[work]
+    return work[key.argsort(descending=True, stable=True)]
+
+
+def _cut(order: Tensor, size: Tensor, width: int) -> Iterator[Tensor]:
+    """Cut ordered items into chunks of about ``CHUNK`` gathered elements, at least one item per thread."""
+    sizes, begin = size.tolist(), 0
+    while begin < len(sizes):
+        end = begin + max(torch.get_num_threads(), CHUNK // (sizes[begin] * width))
+        yield order[begin:end]
+        begin = end
+
+
+def _in_parts(q: Tokens) -> Tokens:
+    """Split the lists of a few lanes so that every thread has some; keys are gathered once more for each part."""
+    parts = -(-q.row.shape[1] // 512)
+    if parts == 1:
+        return q
+    width = -(-q.row.shape[1] // parts)
+    short = parts * width - q.row.shape[1]
+    row = torch.cat([q.row, q.row[:, :1].expand(-1, short)], 1).view(-1, width)
+    valid = torch.ones_like(q.row, dtype=torch.bool) if q.valid is None else q.valid
+    return Tokens(row, torch.nn.functional.pad(valid, (0, short)).view(-1, width), None)
