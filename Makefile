@@ -9,13 +9,17 @@ TRITON := $(shell grep '^triton==' constraints.txt)
 PIP   := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --constraint $(VENV)/constraints.txt
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2
 
+# The oldest supported diffusers, from the floor that pyproject.toml states; it stands in a folder beside the pinned one.
+OLDEST := $(shell sed -n 's/.*"diffusers>=\([0-9.]*\)".*/\1/p' pyproject.toml | head -n 1)
+FLOOR  := $(VENV)/floor
+
 # An extra index, for example one of CPU-only torch wheels. Empty: only the index that pip is set up with.
 TORCH_INDEX_URL ?=
 
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all test-floor lint bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +38,10 @@ test: lint ## ruff, mypy and the tests (pairwise products, minutes)
 test-all: lint ## ruff, mypy and every test (full products)
 	@echo "== pytest, full products"
 	@$(PYTEST)
+
+test-floor: $(FLOOR)/.installed ## the host contracts with the oldest diffusers that is supported
+	@echo "== pytest with diffusers $(OLDEST)"
+	@PYTHONPATH=$(FLOOR) $(PYTEST) -m "not full" tests/integrations/test_lifecycle.py tests/integrations/test_steps.py
 
 lint: $(STAMP) ## ruff and mypy
 	@echo "== ruff"
@@ -56,6 +64,13 @@ $(BIN)/python:
 	if [ -z "$$found" ]; then echo "make: no Python 3.11 or newer found; name one: make PYTHON=..." >&2; exit 1; fi; \
 	echo "[1/4] .venv with $$("$$found" --version)"; \
 	"$$found" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(FLOOR)/.installed: $(STAMP)
+	@echo "[floor] diffusers $(OLDEST)"
+	@rm -rf $(FLOOR)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --target $(FLOOR) --no-deps "diffusers==$(OLDEST)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --target $(FLOOR) httpx
+	@touch $@
 
 # torch first and alone, so that nothing after it can choose another build. A CUDA torch brings the triton it was
 # built with; only where it brings none is ours installed, and ours must not constrain the rest.
