@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 RANK = {unit: rank for rank, floor in enumerate(FLOORS) for unit in floor}
 KERNELS_SEE = frozenset({"optional", "geometry", "layouts", "blocks", "reference", "backend", "ops"})
-ROOF = frozenset({"training", "measure", "cli"})
+ROOF = frozenset({"training", "measure", "cli", "__main__"})
 SIDES = ("kernels", "integrations")
 LOADERS = frozenset({"vsparse/backend.py", "vsparse/host.py"})  # the two that import kernels and hosts by string
 

@@ -44,10 +44,11 @@ def save(
     hosts: Sequence[str],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Write an adapter folder under a temporary name, then rename it.
+    """Write an adapter folder under a temporary name, then rename it. A density ramp belongs to the training run: the
+    adapter holds the schedule without it.
 
     Raises:
-        ValueError: the schedule holds a ramp that is not ours to write down, or the target exists and is no adapter.
+        ValueError: the target exists and is no adapter.
     """
     target = Path(directory)
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / _CONFIG).exists())):
@@ -115,7 +116,7 @@ def _read_adapter(path: Path) -> Stored:
         method = get_method(config["method"])().replace(**_tuples(config["options"]))
         schedule = Schedule(**_tuples(config["schedule"]))
         tensors = {name: _tensor(path / _WEIGHTS, name) for name in _names(path / _WEIGHTS)}
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"load: {path} is not a readable vsparse adapter: {error}") from error
     return Stored(method=method, schedule=schedule, tensors=tensors, path=path)
 
@@ -142,7 +143,8 @@ def assign(stored: Stored, parameters: Mapping[str, Tensor], method: Method, roo
     """Copy stored tensors into a patch's parameters; all names and shapes must fit, or nothing is copied.
 
     Raises:
-        ValueError: another method, or names or shapes that differ; the message lists them.
+        ValueError: another method, names or shapes that differ, values that are no finite numbers; the message lists
+            them.
     """
     if stored.method.key != method.key:
         raise ValueError(f"load: {stored.path} holds {stored.method.key!r}, the target is patched with {method.key!r}")
@@ -156,7 +158,12 @@ def assign(stored: Stored, parameters: Mapping[str, Tensor], method: Method, roo
         for name in sorted(parameters.keys() & tensors.keys())
         if tensors[name].shape != parameters[name].shape
     ]
-    problems = shapes + [f"missing: {name}" for name in missing] + [f"unexpected: {name}" for name in extra]
+    values = [
+        f"{name} is {x.dtype}, not floating" if not x.is_floating_point() else f"{name} holds values that are not finite"
+        for name, x in sorted(tensors.items())
+        if not x.is_floating_point() or not bool(x.isfinite().all())
+    ]
+    problems = shapes + values + [f"missing: {name}" for name in missing] + [f"unexpected: {name}" for name in extra]
     if problems:
         more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise ValueError(f"load: {stored.path} does not fit this model: " + "; ".join(problems[:6]) + more)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import Annotated, ParamSpec
 
 try:
     import typer
@@ -15,10 +14,6 @@ try:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 except ImportError as missing:
     raise ImportError(f'the vsparse command needs typer and rich: pip install "vsparse[cli]" ({missing})') from missing
-
-if TYPE_CHECKING:
-    from vsparse.methods import Method
-    from vsparse.schedule import Schedule
 
 __all__ = ["app", "main"]
 
@@ -76,7 +71,7 @@ def plainly(command: Callable[P, None]) -> Callable[P, None]:
     """Turn errors that the library raises on purpose into one red sentence and exit code 2."""
 
     @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+    def _run(*args: P.args, **kwargs: P.kwargs) -> None:
         if flags["debug"]:
             return command(*args, **kwargs)
         try:
@@ -90,53 +85,10 @@ def plainly(command: Callable[P, None]) -> Callable[P, None]:
             errors.print("vsparse: interrupted", style="bold red")
         raise typer.Exit(2)
 
-    return run
+    return _run
 
 
-# ---- reading options ---------------------------------------------------------------------------------------------
-
-
-def _sizes(text: str, name: str, count: int = 3) -> tuple[int, ...]:
-    """``5x16x16`` -> (5, 16, 16)."""
-    parts = text.lower().replace(",", "x").split("x")
-    if len(parts) != count or not all(part.strip().isdigit() for part in parts):
-        raise ValueError(f"{name} must be {count} whole numbers such as 5x16x16, got {text!r}")
-    return tuple(int(part) for part in parts)
-
-
-def _settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """``["density=0.2", "tile=4x4x4"]`` -> the fields of a method."""
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise ValueError(f"--set takes name=value, such as density=0.2; got {pair!r}")
-        if name in found:
-            raise ValueError(f"--set {name} is given twice")
-        lattice = text.lower().split("x")
-        if len(lattice) > 1 and all(part.isdigit() for part in lattice):
-            found[name] = tuple(int(part) for part in lattice)
-            continue
-        try:
-            found[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            found[name] = {"true": True, "false": False}.get(text.lower(), text)
-    return found
-
-
-def _method(key: str, settings: Sequence[str]) -> Method:
-    from vsparse.methods import get_method
-
-    return get_method(key)().replace(**_settings(settings))
-
-
-def _schedule(method: Method, dense_steps: float | None, dense_layers: int | None) -> Schedule:
-    import dataclasses as dc
-
-    schedule = method.default_schedule
-    if dense_steps is not None:
-        schedule = dc.replace(schedule, dense_steps=dense_steps)
-    return schedule if dense_layers is None else dc.replace(schedule, dense_layers=dense_layers)
+# ---- what several commands share ---------------------------------------------------------------------------------
 
 
 def _quiet() -> None:
@@ -170,6 +122,10 @@ DenseSteps = Annotated[
 ]
 DenseLayers = Annotated[
     int | None, typer.Option(metavar="N", min=0, help="Dense layers, from the first.", rich_help_panel=SPARSITY)
+]
+SearchAt = Annotated[
+    str | None,
+    typer.Option(metavar="SHARE,...", help="Steps at which maps are searched anew.", rich_help_panel=SPARSITY),
 ]
 Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the noise.")]
 Height = Annotated[int | None, typer.Option(metavar="N", min=1, help="Pixels.", rich_help_panel=VIDEO)]
@@ -206,7 +162,7 @@ def demo(
 
     folder = check_folder(out)
     keys = [key.strip() for key in methods.split(",") if key.strip()]
-    wanted = [*work.FLOORS, *work.trials(keys or None)]
+    wanted = [*work.trials(keys or None), *work.FLOORS]
     clip = dc.replace(EMBEDDED, steps=steps, frames=frames)
     with console.status("loading the embedded pipeline"):
         _quiet()
@@ -247,6 +203,7 @@ def generate(
     settings: Settings = [],  # noqa: B006 (typer copies it)
     dense_steps: DenseSteps = None,
     dense_layers: DenseLayers = None,
+    search_at: SearchAt = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="The mp4; of several prompts, numbered.")
     ] = Path("video.mp4"),
@@ -277,12 +234,12 @@ def generate(
 
     `vsparse generate ./my-wan -p "a fox in the snow" -m adaspa -s density=0.3 --height 480 --width 832 --frames 81`
     """
-    from vsparse.measure import pipelines, tables
+    from vsparse.measure import options, pipelines, tables
     from vsparse.measure.video import write_video
     from vsparse.patch import apply
 
-    chosen = _method(method, settings)
-    schedule = _schedule(chosen, dense_steps, dense_layers)
+    chosen = options.method(method, settings)
+    schedule = options.schedule(chosen, dense_steps, dense_layers, search_at)
     targets = pipelines.outputs(output, len(prompt))
     _quiet()
     with console.status(f"loading {model}"):
@@ -320,6 +277,7 @@ def plan(
     settings: Settings = [],  # noqa: B006
     dense_steps: DenseSteps = None,
     dense_layers: DenseLayers = None,
+    search_at: SearchAt = None,
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
@@ -333,13 +291,13 @@ def plan(
     `vsparse plan WanTransformer3DModel --method vsa --height 480 --width 832 --frames 81 --steps 50`
     """
     import vsparse
-    from vsparse.measure import tables
+    from vsparse.measure import options, tables
     from vsparse.measure.skeleton import skeleton
 
-    chosen = _method(method, settings)
+    chosen = options.method(method, settings)
     _quiet()
     target = skeleton(model)
-    schedule = _schedule(chosen, dense_steps, dense_layers)
+    schedule = options.schedule(chosen, dense_steps, dense_layers, search_at)
     size = {"height": height, "width": width, "num_frames": frames}
     made = vsparse.plan(target, chosen, **size, steps=steps, batch=batch, schedule=schedule)
     console.print(tables.plan_table(made, type(target).__name__))
@@ -405,12 +363,12 @@ def draw(
     `vsparse draw --method vsa --density 0.25 --grid 5x16x16 --text-after 20 -o out/draw.png`
     """
     from vsparse.geometry import Grid
-    from vsparse.measure import drawing
+    from vsparse.measure import drawing, options
 
-    chosen = _method(method, [*settings, *([] if density is None else [f"density={density}"])])
-    t, h, w = _sizes(grid, "--grid")
+    chosen = options.method(method, [*settings, *([] if density is None else [f"density={density}"])])
+    t, h, w = options.sizes(grid, "--grid")
     lattice = Grid(t=t, h=h, w=w, text_before=text_before, text_after=text_after)
-    edges = None if tile is None else _sizes(tile, "--tile")
+    edges = None if tile is None else options.sizes(tile, "--tile")
     _quiet()
     with console.status("running the model"):
         written = drawing.draw_both(

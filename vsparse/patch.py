@@ -6,7 +6,6 @@ import contextlib
 import functools
 import os
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -133,8 +132,8 @@ class Patch:
         if not self._removed:
             for runtime in self._runtimes:
                 runtime.reset()
-            for step in reversed(self._undo):
-                step()
+            while self._undo:
+                self._undo.pop()()
             self._removed = True
 
 
@@ -191,13 +190,11 @@ def apply(
     for runtime in runtimes:
         runtime.siblings = runtimes
     patch = Patch(made, runtimes, tracker, undo)
-    _PATCHES.update(dict.fromkeys(runtimes, patch))
+    for runtime in runtimes:
+        runtime.patch = patch
     for name, why in made.skipped.items():
         warnings.warn(f"vsparse: {name} runs dense: {'; '.join(why)}", stacklevel=2)
     return patch
-
-
-_PATCHES: weakref.WeakKeyDictionary[Runtime, Patch] = weakref.WeakKeyDictionary()
 
 
 def _install(
@@ -253,9 +250,9 @@ def patch_of(model: nn.Module) -> Patch | None:
     runtime = getattr(model, "__dict__", {}).get(_ATTRIBUTE)
     if runtime is None:
         return None
-    if runtime not in _PATCHES:
-        _PATCHES[runtime] = _adopt(model, runtime)
-    return _PATCHES[runtime]
+    if runtime.patch is None:
+        runtime.patch = _adopt(model, runtime)
+    return runtime.patch  # type: ignore[no-any-return]
 
 
 def _adopt(model: nn.Module, runtime: Runtime) -> Patch:

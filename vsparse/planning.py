@@ -92,6 +92,9 @@ def plan(
     host, roots = find_roots(target)
     made = make_plan(host, roots, method, schedule)
     sizes = {"height": height, "width": width, "num_frames": num_frames}
+    for name, value in {**sizes, "steps": steps, "batch": batch}.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"plan: {name} must be an integer >= 1, got {value!r}")
     if all(value is None for value in sizes.values()):
         return made
     if height is None or width is None or num_frames is None:
@@ -99,7 +102,10 @@ def plan(
         raise ValueError(f"plan: give height, width and num_frames together; missing: {missing}")
     if steps is None and schedule.needs_steps:
         raise ValueError("plan: this schedule depends on the denoising steps; give steps")
-    grid = host.grid(target, roots[0], height, width, num_frames)
+    try:
+        grid = host.grid(target, roots[0], height, width, num_frames)
+    except ValueError as error:
+        raise ValueError(f"plan: {height=}, {width=}, {num_frames=} is less than one patch: {error}") from error
     # Experts share one step axis: each forward runs one root, so one root's sites are the cost of a step.
     layouts: dict[int, Layout] = {}
     for claim in roots[0].claims:

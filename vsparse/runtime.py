@@ -156,6 +156,7 @@ class Runtime:
         self.placement, self.strict = placement, strict
         self.skipped = dict(skipped or {})
         self.siblings: list[Runtime] = []
+        self.patch: Any = None
         self.fallbacks: Counter[str] = Counter()
         self.phases: Counter[str] = Counter()
         self.pairs: dict[str, Tensor] = {}

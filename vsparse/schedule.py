@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 __all__ = ["Phase", "Schedule"]
@@ -20,12 +20,13 @@ class Schedule:
         dense_steps: Share of the denoising steps, from the start, that run dense: ``floor(dense_steps * T)``. 1: all.
         dense_layers: The first n layers of the model run dense, or the indices in a tuple do.
         search_at: Shares f of the denoising steps at which a map is searched, at the 0-based step
-            ``max(0, ceil(f * T) - 1)``; between them it is reused. The first search is exact: it is the last dense
-            step. None: the map is selected anew in every call.
+            ``max(0, ceil(f * T) - 1)``; between them it is reused, before the first of them steps run dense. The first
+            search is exact: it is the last dense step. None: the map is selected anew in every call.
         ramp: Training step -> density, for methods that are trained with falling density. None: the method's density.
 
     Raises:
-        ValueError: a share outside [0, 1], shares that do not increase, a negative layer.
+        ValueError: a share outside [0, 1], shares that do not increase, a search before the end of the dense steps, a
+            negative layer.
     """
 
     dense_steps: float = 0.0
@@ -34,14 +35,19 @@ class Schedule:
     ramp: Callable[[int], float] | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.dense_steps <= 1.0:
+        if not _shares([self.dense_steps]):
             raise ValueError(f"Schedule: dense_steps must lie in [0, 1], got {self.dense_steps!r}")
-        layers = (self.dense_layers,) if isinstance(self.dense_layers, int) else self.dense_layers
+        chosen, at = self.dense_layers, self.search_at
+        layers = chosen if isinstance(chosen, tuple) else (chosen,)
         if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in layers):
-            raise ValueError(f"Schedule: dense_layers must be a count or indices >= 0, got {self.dense_layers!r}")
-        at = self.search_at
-        if at is not None and (not at or any(not 0.0 <= f <= 1.0 for f in at) or list(at) != sorted(set(at))):
+            raise ValueError(f"Schedule: dense_layers must be a count or indices >= 0, got {chosen!r}")
+        if at is not None and not (isinstance(at, tuple) and at and _shares(at) and list(at) == sorted(set(at))):
             raise ValueError(f"Schedule: search_at must be increasing shares in [0, 1], got {at!r}")
+        if at is not None and at[0] < self.dense_steps:
+            raise ValueError(
+                f"Schedule: the first search must not lie before the end of the dense steps, got search_at={at!r} "
+                f"with dense_steps={self.dense_steps!r}"
+            )
         if self.ramp is not None and not callable(self.ramp):
             raise ValueError(f"Schedule: ramp must map a training step to a density, got {self.ramp!r}")
 
@@ -88,3 +94,7 @@ class Schedule:
         if not filled or step == searches[0]:
             return "search"
         return "refresh" if step in searches else "reuse"
+
+
+def _shares(values: Sequence[object]) -> bool:
+    return all(isinstance(f, int | float) and not isinstance(f, bool) and 0.0 <= f <= 1.0 for f in values)

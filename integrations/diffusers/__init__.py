@@ -113,13 +113,13 @@ def read(module: nn.Module, arguments: Mapping[str, Any]) -> Reading:
 
 
 def grid(target: object, root: Root, height: int, width: int, num_frames: int) -> Grid:
-    """The lattice for a size in pixels, by the pipeline's autoencoder or the family's usual one."""
+    """The lattice for a size in pixels, by the pipeline's autoencoder or the family's usual one, with usual text."""
     host = _host(root.module)
     temporal = int(getattr(target, "vae_scale_factor_temporal", host.vae[0]))
     spatial = int(getattr(target, "vae_scale_factor_spatial", host.vae[1]))
     t, h, w = host.patch(root.module)
     frames = (num_frames - 1) // temporal + 1
-    return host.grid(-(-frames // t), height // spatial // h, width // spatial // w)
+    return host.grid(-(-frames // t), height // spatial // h, width // spatial // w, text=host.usual_text)
 
 
 def source(target: object) -> StepSource:

@@ -45,7 +45,7 @@ class Host:
         side: Where text stands in the self-attention. text: reads it off a forward's arguments.
         patch: Reads the patch size (frames, rows, columns). latent: axes of t, h, w in the hidden states.
         vae: Usual compression in time and space.
-        pipelines: Pipelines it is tested with, for the documentation.
+        usual_text: Text tokens of the family's usual prompts, for plans. pipelines: that run it, for the documentation.
     """
 
     family: str
@@ -57,6 +57,7 @@ class Host:
     text: Callable[[Mapping[str, Any]], Text] = _no_text
     latent: tuple[int, int, int] = (2, 3, 4)
     vae: tuple[int, int] = (4, 8)
+    usual_text: int = 0
     pipelines: tuple[str, ...] = ()
 
     def sites(self, module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -140,6 +141,7 @@ HOSTS: tuple[Host, ...] = (
         patch=_two,
         side="after",
         text=_padded,
+        usual_text=256,
         pipelines=("HunyuanVideoPipeline",),
     ),
     Host(
@@ -151,6 +153,7 @@ HOSTS: tuple[Host, ...] = (
         side="after",
         text=_three_streams,
         vae=(4, 16),
+        usual_text=1985,
         pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
     ),
     Host(
@@ -162,6 +165,7 @@ HOSTS: tuple[Host, ...] = (
         side="before",
         text=_unpadded,
         latent=(1, 3, 4),
+        usual_text=226,
         pipelines=("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline"),
     ),
 )

@@ -65,22 +65,29 @@ def tokens(
         stride: Rows between two slots of a block. label: ``[n, c]``, carried along.
         offsets: ``[R]`` int64, the slots of a block to list, those past its length left out; None: all valid ones.
     """
-    place = torch.arange(int(length.max())) if offsets is None else offsets
+    shortest, longest = (int(x) for x in length.aminmax())
+    place = torch.arange(longest) if offsets is None else offsets
     row = start[..., None] + place * stride
     wide = None if label is None else label[..., None].expand_as(row)
-    inside = place < length[..., None]
-    if bool(inside.all()):
+    if offsets is None and shortest == longest:
         return Tokens(row.flatten(1), None, None if wide is None else wide.flatten(1))
+    used = length > 0
+    if offsets is None and bool(((length == longest) == used).all()) and bool(used.all(1).any()):
+        # Whole blocks, but lists of different counts: pad by blocks, which is much cheaper than by tokens.
+        first = used.to(torch.int8).argmax(1, keepdim=True)
+        row = torch.where(used[..., None], row, row.gather(1, first[..., None].expand(-1, -1, longest)))
+        valid = used[..., None].expand_as(row).flatten(1)
+        return Tokens(row.flatten(1), valid, None if wide is None else wide.flatten(1))
+    inside = place < length[..., None]
     size = inside.sum((1, 2))
     valid = torch.arange(int(size.max())) < size[:, None]
     first = size.cumsum(0) - size
-    valid_mask = None if bool(valid.all()) else valid
 
     def padded(x: Tensor) -> Tensor:
         kept = x[inside]
         return kept[first][:, None].repeat(1, valid.shape[1]).masked_scatter(valid, kept)
 
-    return Tokens(padded(row), valid_mask, None if wide is None else padded(wide))
+    return Tokens(padded(row), None if bool(valid.all()) else valid, None if wide is None else padded(wide))
 
 
 class Lanes:
@@ -113,10 +120,11 @@ class Lanes:
         block = torch.arange(length.shape[1]).expand_as(length) if label else None
         return tokens(self.start[lanes], length, self.stride, label=block, offsets=self.offsets)
 
-    def blocks(self, lanes: Tensor, block: Tensor) -> Tokens:
-        """Tokens of one block ``[n]`` of each lane ``[n]``."""
-        start, length = self.start[lanes, block], self.length[lanes, block]
-        return tokens(start[:, None], length[:, None], self.stride, label=block[:, None], offsets=self.offsets)
+    def listed(self, lanes: Tensor, block: Tensor, length: Tensor | None = None, *, label: bool = False) -> Tokens:
+        """Tokens of the blocks ``[n, c]`` of each lane ``[n]``; ``length [n, c]`` overrides theirs."""
+        place = lanes[:, None] * self.start.shape[1] + block
+        length = self.length.take(place) if length is None else length
+        return tokens(self.start.take(place), length, self.stride, label=block if label else None, offsets=self.offsets)
 
 
 def lane_groups(lanes: int, elements: int, least: int = 1) -> Iterator[Tensor]:
@@ -211,9 +219,8 @@ class Plan:
         order = _by_size((self.q.size[lanes].flatten() + 31) // 32, size)
         for part in _cut(order, size[order], self.width):
             lane, block, entries = lanes[part // rows], part % rows, int(count[part].max())
-            kept = index[part, :entries]
-            k = tokens(self.k.start[lane[:, None], kept], length[part, :entries], self.k.stride, label=kept)
-            yield self._chunk(lane, self.q.blocks(lane, block), k, lane * rows + block)
+            k = self.k.listed(lane, index[part, :entries], length[part, :entries], label=self.label)
+            yield self._chunk(lane, self.q.listed(lane, block[:, None]), k, lane * rows + block)
 
     def listed_columns(self, lanes: Tensor) -> Iterator[Chunk]:
         """Key-major chunks: one key block of each lane with the queries that keep it; no query twice in a chunk."""
@@ -228,7 +235,8 @@ class Plan:
                 continue
             q = _in_parts(self.q.tokens(lanes[busy], keep=rows[busy]))
             lane = lanes[busy].repeat_interleave(len(q.row) // len(busy))
-            yield self._chunk(lane, q, self.k.blocks(lane, torch.full_like(lane, block)), lane)
+            k = self.k.listed(lane, torch.full_like(lane, block)[:, None], label=self.label)
+            yield self._chunk(lane, q, k, lane)
 
     def _lists(self, lanes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``count [n, Q]``, ``index [n, Q, M]`` int64 and which of its entries are used, full rows left out."""

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -149,13 +150,15 @@ def run_demo(
 
 def facts(run: Run, clip: Clip) -> list[str]:
     """Lines about a run for its row of the contact sheet."""
-    lines = [] if run.stats is None else [f"density {run.density:.3f}, {_dense_steps(run, clip)}"]
-    lines.append(f"{run.seconds:.1f} s")
+    seconds = f"{run.seconds:.1f} s"
     if run.quality is None:
-        return ["the stock pipeline", *lines]
-    if run.quality.identical:
-        return [*lines, "equal to the bit"]
-    return [*lines, f"PSNR {run.quality.psnr:.1f} dB, SSIM {run.quality.ssim:.3f}"]
+        return ["the stock pipeline", seconds]
+    lines = [f"density {run.density:.3f}, {_dense_steps(run, clip)}", seconds]
+    same = "equal to the bit"
+    lines.append(same if run.quality.identical else f"PSNR {run.quality.psnr:.1f} dB, SSIM {run.quality.ssim:.3f}")
+    told = [f"{name}={value}" for name, value in run.options.items() if f"{name}={value}" not in run.name]
+    trained = ["a trained method, untrained here"] if get_method(run.method).paper.trained else []
+    return [*lines, *textwrap.wrap(", ".join(told), 40), *(trained if run.density < 1 else [])]
 
 
 def _dense_steps(run: Run, clip: Clip) -> str:

@@ -29,7 +29,7 @@ def draw_both(
     grid: Grid,
     *,
     layout: str = "method",
-    tile: tuple[int, ...] | None = None,
+    tile: tuple[int, int, int] | None = None,
     block: int | None = None,
     layer: int = 2,
     random: bool = False,
@@ -52,8 +52,6 @@ def draw_both(
     target = check_output(path, ".png")
     first, second = (target.with_stem(f"{target.stem}-{part}") for part in ("layout", "map"))
     drawn, name = _layout(method, grid, layout, tile, block, layer)
-    draw_layout(first, drawn, title=name)
-    lines = [f"{first}: {name}"]
     if grid == EMBEDDED_GRID and not random:
         seen = _embedded_map(method, layer, seed)
         origin = f"trained demo model, layer {layer}, denoising step {seen.step + 1} of {EMBEDDED.steps}"
@@ -61,8 +59,9 @@ def draw_both(
         seen = random_map(method, grid, seed=seed)
         origin = "one layer of an untrained model on a smooth random video"
     title = f"block map of {_words(method)}"
+    draw_layout(first, drawn, title=name)
     draw_block_map(second, seen.blocks, title=title, origin=origin)
-    return [*lines, f"{second}: {title}; {origin}"]
+    return [f"{first}: {name}", f"{second}: {title}; {origin}"]
 
 
 def _words(method: Method) -> str:
@@ -72,7 +71,7 @@ def _words(method: Method) -> str:
 
 
 def _layout(
-    method: Method, grid: Grid, kind: str, tile: tuple[int, ...] | None, block: int | None, layer: int
+    method: Method, grid: Grid, kind: str, tile: tuple[int, int, int] | None, block: int | None, layer: int
 ) -> tuple[Layout, str]:
     if kind not in get_args(Kind):
         raise ValueError(f"--layout must be one of {', '.join(get_args(Kind))}, got {kind!r}")

@@ -106,7 +106,7 @@ def generate(
         Float32 frames ``[F, H, W, 3]`` in [0, 1], on the CPU.
 
     Raises:
-        ValueError: the pipeline has no such argument.
+        ValueError: the pipeline has no such argument. ImportError: some pipelines cannot read a prompt without ftfy.
     """
     asked: dict[str, Any] = {
         "prompt": prompt,
@@ -125,7 +125,12 @@ def generate(
         raise ValueError(f"{type(pipe).__name__} takes no {', '.join(unknown)}")
     if stepped is not None and "callback_on_step_end" in accepted:
         given["callback_on_step_end"] = _advancing(stepped)
-    output = pipe(generator=torch.Generator("cpu").manual_seed(seed), output_type="np", **given)
+    try:
+        output = pipe(generator=torch.Generator("cpu").manual_seed(seed), output_type="np", **given)
+    except NameError as error:
+        if error.name != "ftfy":
+            raise
+        raise ImportError(f"{type(pipe).__name__} of this diffusers needs ftfy: pip install ftfy") from error
     return torch.as_tensor(output.frames[0]).float().clamp(0, 1)
 
 

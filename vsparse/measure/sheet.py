@@ -57,9 +57,9 @@ def contact_sheet(
     cell, label, gap, group = 1.3, 2.75, 0.05, 0.22
     tall = cell * height / width
     heights = [2 * tall + gap if _differs(row, rows[0]) else tall for row in rows]
-    size = (label + len(shown) * (cell + gap) + 0.15, 1.05 + sum(heights) + group * (len(rows) - 1) + 0.15)
+    size = (label + len(shown) * (cell + gap) + 0.15, 1.15 + sum(heights) + group * (len(rows) - 1) + 0.15)
     figure = new_figure(*size)
-    y = size[1] - 1.05
+    y = size[1] - 1.15
     for row, extent in zip(rows, heights, strict=True):
         for part in range(1 if extent == tall else 2):
             images = (row.frames - rows[0].frames).abs().mul(GAIN) if part else row.frames

@@ -85,21 +85,23 @@ def plan_table(made: Plan, target: str) -> Any:
 
 def methods_table(methods: Mapping[str, type[Method]]) -> Any:
     """The registry."""
-    table = _table("", "key", "paper", "use", "needs", "options and defaults", "default schedule")
-    table.show_lines = True
+    table = _table("", "key", "paper", "use", "options", "schedule")
+    table.columns[3].no_wrap, table.show_lines = True, True
     for key, method in methods.items():
         paper, schedule = method.paper, method.default_schedule
         options = [f"{f.name} = {f.default!r}" for f in dc.fields(method)]
         values = [(f.name, getattr(schedule, f.name), f.default) for f in dc.fields(schedule)]
         told = [f"{name} = {value!r}" for name, value, default in values if value != default]
+        needs = [f"needs {name}" for name in sorted(method.requires)]
         table.add_row(
             f"[bold]{key}[/bold]",
             f"{paper.title}\narXiv {paper.arxiv}" if paper.arxiv else paper.title,
-            "trained into a model" if paper.trained else "training-free",
-            ", ".join(sorted(method.requires)) or "nothing",
+            "\n".join(["trained" if paper.trained else "training-free", *needs]),
             "\n".join(options) or "none",
             "\n".join(told) or "always sparse",
         )
+    table.caption = "options and schedule: with their defaults, as published"
+    table.caption_justify = "left"
     return table
 
 

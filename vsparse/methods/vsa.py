@@ -129,4 +129,4 @@ def density_ramp(target: float, *, interval: int = 50, rate: float = 0.03) -> Ca
 
 
 def _ramp(step: int, *, target: float, interval: int, rate: float) -> float:
-    return max(target, 1.0 - (step // interval) * rate)
+    return max(target, round(1.0 - (step // interval) * rate, 12))

@@ -15,6 +15,7 @@ from vsparse.layouts import Layout
 __all__ = ["Bounds", "Box", "Rule", "kept_pairs"]
 
 _BATCH = 1 << 19  # box pairs that are judged at once; 2^19 of them take some 50 MB of temporaries
+_PROBES = 3
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -79,21 +80,23 @@ Rule = Callable[[Box, Box], Bounds]
 
 @dc.dataclass(frozen=True, eq=False)
 class _Shapes:
-    """The V blocks of a layout that hold video tokens, as sets of boxes.
+    """What the V blocks of a layout with video tokens look like along the axes that count: U different shapes.
 
     Args:
-        block: ``[V]`` their indices, ascending. hull: ``[3, V]`` the smallest box around each.
-        parts: ``[3, P]`` disjoint boxes, block by block. first: ``[V]`` first part of each block. count: ``[V]`` parts.
+        block: ``[V]`` those blocks, ascending. shape: ``[V]`` the shape of each.
+        hull: ``[3, U]`` the smallest box around each shape. parts: ``[3, P]`` boxes that make up the shapes, in order.
+        first: ``[U]`` first part of each shape. count: ``[U]`` its parts.
     """
 
     block: Tensor
+    shape: Tensor
     hull: Box
     parts: Box
     first: Tensor
     count: Tensor
 
     @classmethod
-    def of(cls, layout: Layout) -> _Shapes:
+    def of(cls, layout: Layout, axes: Sequence[int]) -> _Shapes:
         grid = layout.grid
         slot_token = layout.slot_token[0, 0].cpu()
         token = slot_token[slot_token >= 0]
@@ -102,14 +105,28 @@ class _Shapes:
         owner, cells = owner[video], Box.lattice(grid).at(place[video])
         for axis in (2, 1, 0):
             owner, cells = _joined(owner, cells, axis)
-        block, count = owner.unique_consecutive(return_counts=True)
-        rank = torch.arange(len(block)).repeat_interleave(count).expand(3, -1)
-        blank = cells.low.new_zeros(3, len(block))
-        hull = Box(
-            blank.scatter_reduce(1, rank, cells.low, "amin", include_self=False),
-            blank.scatter_reduce(1, rank, cells.high, "amax", include_self=False),
-        )
-        return cls(block=block, hull=hull, parts=cells, first=count.cumsum(0) - count, count=count)
+        counted = torch.zeros(3, 1, dtype=torch.int64)
+        counted[list(axes)] = 1
+        cells = Box(cells.low * counted, cells.high * counted)
+        block, rank, count = owner.unique_consecutive(return_inverse=True, return_counts=True)
+        example, shape = _alike(cells, rank, count).unique(return_inverse=True)
+        chosen = torch.isin(rank, example)
+        parts, count = cells.at(chosen), count[example]
+        index = torch.arange(len(example)).repeat_interleave(count).expand(3, -1)
+        blank = index.new_zeros(3, len(example))
+        low = blank.scatter_reduce(1, index, parts.low, "amin", include_self=False)
+        high = blank.scatter_reduce(1, index, parts.high, "amax", include_self=False)
+        return cls(block, shape, Box(low, high), parts, count.cumsum(0) - count, count)
+
+
+def _alike(parts: Box, rank: Tensor, count: Tensor) -> Tensor:
+    """``[V]``: for each block, given its parts one after another, a block with the same parts."""
+    table = parts.low.new_full((len(count), int(count.max()), 6), -1)
+    table[rank, torch.arange(len(rank)) - (count.cumsum(0) - count)[rank]] = torch.cat((parts.low, parts.high)).T
+    _, kind = table.unique(dim=0, return_inverse=True)
+    example = torch.empty_like(kind)
+    example[kind] = torch.arange(len(kind))
+    return example[kind]
 
 
 def _joined(owner: Tensor, box: Box, axis: int) -> tuple[Tensor, Box]:
@@ -133,12 +150,11 @@ def kept_pairs(rule: Rule, layout: Layout, axes: Sequence[int] = (0, 1, 2)) -> T
     Args:
         axes: Those that the rule depends on.
     """
-    shapes = _Shapes.of(layout)
-    blocks = len(shapes.block)
-    keep = torch.zeros(blocks, blocks, dtype=torch.bool)
+    shapes = _Shapes.of(layout, axes)
     whole = shapes.count == 1
-    rows = max(1, _BATCH // blocks)
-    for first in range(0, blocks, rows):
+    keep = torch.zeros(len(whole), len(whole), dtype=torch.bool)
+    rows = max(1, _BATCH // len(whole))
+    for first in range(0, len(whole), rows):
         part = slice(first, first + rows)
         found = rule(shapes.hull.at(part, None), shapes.hull.at(None))
         keep[part] = found.every | (found.some & whole[part, None] & whole)
@@ -146,7 +162,7 @@ def kept_pairs(rule: Rule, layout: Layout, axes: Sequence[int] = (0, 1, 2)) -> T
         for owner, box in _part_pairs(shapes, row + first, column):
             _settle(rule, keep.view(-1), owner, box, axes)
     out = torch.zeros(layout.blocks, layout.blocks, dtype=torch.bool)
-    out[shapes.block[:, None], shapes.block] = keep
+    out[shapes.block[:, None], shapes.block] = keep[shapes.shape][:, shapes.shape]
     return out
 
 
@@ -156,20 +172,21 @@ _Work = tuple[Tensor, Box]  # owner [n]: entry of the flat mask; box [6, n]: que
 def _settle(rule: Rule, keep: Tensor, owner: Tensor, box: Box, axes: Sequence[int]) -> None:
     """Decide pairs of boxes, depth first, so that few are held at a time.
 
-    One random pair of tokens of each open pair is tried before it is halved: most pairs that hold a hit hold many.
+    Random tokens of an open pair are tried before it is halved: most pairs that hold a hit hold many.
     """
     chance = torch.Generator().manual_seed(0)
     stack = [(owner, box)]
     while stack:
         owner, box = stack.pop()
-        for probe in (box, None):
-            live = ~keep[owner]
-            owner, box = owner[live], box.at(live)
-            found = rule(*_sides(box if probe is not None else _random_tokens(box, chance)))
-            keep[owner[found.some]] = True
-            if probe is not None:
-                owner, box = owner[found.maybe], box.at(found.maybe)
         live = ~keep[owner]
+        owner, box = owner[live], box.at(live)
+        found = rule(*_sides(box))
+        keep[owner[found.some]] = True
+        live = found.maybe & ~keep[owner]
+        for _ in range(_PROBES):
+            owner, box = owner[live], box.at(live)
+            keep[owner[rule(*_sides(_random_tokens(box, chance))).some]] = True
+            live = ~keep[owner]
         if bool(live.any()):
             stack += _halves(owner[live], box.at(live), axes)
 
@@ -188,7 +205,7 @@ def _random_tokens(box: Box, chance: torch.Generator) -> Box:
 
 
 def _part_pairs(shapes: _Shapes, row: Tensor, column: Tensor) -> Iterator[_Work]:
-    """All pairs of parts of the given pairs of blocks, in batches."""
+    """All pairs of parts of the given pairs of shapes, in batches."""
     most = int(shapes.count.max())
     step = max(1, _BATCH // most**2)
     for q, k in zip(row.split(step), column.split(step), strict=True):
@@ -197,7 +214,7 @@ def _part_pairs(shapes: _Shapes, row: Tensor, column: Tensor) -> Iterator[_Work]
         place = torch.arange(len(of)) - (pairs.cumsum(0) - pairs)[of]
         a = shapes.parts.at(shapes.first[q][of] + place // columns[of])
         b = shapes.parts.at(shapes.first[k][of] + place % columns[of])
-        owner = (q * len(shapes.block) + k)[of]
+        owner = (q * len(shapes.count) + k)[of]
         yield owner, Box(torch.cat((a.low, b.low)), torch.cat((a.high, b.high)))
 
 

@@ -1,0 +1,495 @@
+"""The life of a patch over every host and method: in, out, refused, disturbed, copied, in two threads."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import rows
+import tiny
+import torch
+from torch import nn
+
+import vsparse
+from vsparse import backend
+from vsparse.integrations.diffusers import processors
+
+HOST_METHOD = pytest.mark.parametrize(("host", "method"), rows.both)
+METHOD = pytest.mark.parametrize("method", rows.METHODS)
+HOST = pytest.mark.parametrize("host", rows.HOSTS)
+
+
+def sparse(model: object, method: str, **more: Any) -> vsparse.Patch:
+    return rows.randomise(vsparse.apply(model, method, **rows.METHODS[method].sparse, **more))
+
+
+def outputs(patch: vsparse.Patch, model: nn.Module, values: dict[str, Any]) -> list[torch.Tensor]:
+    return rows.generation(patch, model, values, steps=4)
+
+
+# ---- out ---------------------------------------------------------------------------------------------------------
+
+
+@HOST_METHOD
+def test_remove_leaves_no_trace(host: str, method: str) -> None:
+    model, inputs = rows.build(host)
+    values = rows.prompt(host, inputs, batch=2)
+    before, generator = rows.forward(model, values), torch.get_rng_state()
+    mark = rows.footprint(model)
+    with vsparse.apply(model, method, **rows.METHODS[method].sparse) as patch:
+        assert rows.footprint(model) != mark
+        outputs(patch, model, values)
+        assert vsparse.patch_of(model) is patch
+    assert rows.footprint(model) == mark
+    assert vsparse.patch_of(model) is None
+    assert torch.equal(rows.forward(model, values), before)
+    assert torch.equal(torch.get_rng_state(), generator)
+    patch.remove()
+    assert rows.footprint(model) == mark
+
+
+@HOST
+def test_sparse_attention_shows(host: str) -> None:
+    """What the other tests compare would not agree by accident."""
+    model, inputs = rows.build(host)
+    values = rows.prompt(host, inputs)
+    before = rows.forward(model, values)
+    for method in rows.SPARSE:
+        with sparse(model, method) as patch:
+            after = outputs(patch, model, values)[-1]
+            assert patch.stats()["sparse_density"] < 0.8
+        assert float((after - before).abs().max() / before.abs().max()) > 1e-3, method
+
+
+@HOST
+def test_print_shows_the_patch(host: str) -> None:
+    model, _ = rows.build(host)
+    with vsparse.apply(model, "vsa") as patch:
+        assert f"vsa, layer 1 of {len(patch.sites)}" in repr(model)
+        assert repr(patch) == f"<vsparse.Patch vsa: {len(patch.sites)} sites>"
+    assert repr(patch) == "<vsparse.Patch vsa: removed>"
+
+
+@METHOD
+def test_state_dict_has_ours_only_while_patched(method: str) -> None:
+    model, _ = rows.build("wan")
+    stock = list(model.state_dict())
+    with vsparse.apply(model, method) as patch:
+        ours = {f"transformer.{name.replace('.vsparse.', '.')}" for name in model.state_dict() if name not in stock}
+        assert ours == {name for name, _ in patch.named_parameters()}
+        assert [name for name in model.state_dict() if name in stock] == stock
+
+
+def test_backend_chosen_while_patched_stays() -> None:
+    model, inputs = rows.build("wan")
+    values = rows.prompt("wan", inputs)
+    with vsparse.apply(model, "vsa"):
+        model.set_attention_backend("_native_math")
+        rows.forward(model, values)
+    chosen = {processor._attention_backend.value for processor in model.attn_processors.values()}
+    model.set_attention_backend("native")
+    assert chosen == {"_native_math"}
+
+
+# ---- refused -----------------------------------------------------------------------------------------------------
+
+
+class _OtherProcessor:
+    def __call__(self, attn: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+
+def _foreign_processor(model: nn.Module) -> nn.Module:
+    next(x for name, x in model.named_modules() if name.endswith("1.attn1")).processor = _OtherProcessor()
+    return model
+
+
+def _foreign_child(model: nn.Module) -> nn.Module:
+    next(x for name, x in model.named_modules() if name.endswith("1.attn1")).add_module("vsparse", nn.Identity())
+    return model
+
+
+def _parallel(model: nn.Module) -> nn.Module:
+    next(x for name, x in model.named_modules() if name.endswith("1.attn1")).processor._parallel_config = object()
+    return model
+
+
+def _itself(model: nn.Module) -> nn.Module:
+    return model
+
+
+REFUSED: list[tuple[Callable[[nn.Module], object], Any, dict[str, Any], type[Exception], str]] = [
+    (_itself, "nope", {}, ValueError, "unknown method 'nope'; there are: dense, "),
+    (_itself, "vsa", {"densty": 0.2}, ValueError, "no option 'densty'; its options: density, tile, block"),
+    (_itself, "dense", {"density": 0.2}, ValueError, "no option 'density'; its options: none"),
+    (_itself, "vsa", {"density": float("nan")}, ValueError, r"density must be a number in \(0, 1\], got nan"),
+    (_itself, "vsa", {"density": 0.0}, ValueError, r"density must be a number in \(0, 1\], got 0.0"),
+    (_itself, "vsa", {"density": True}, ValueError, r"density must be a number in \(0, 1\], got True"),
+    (_itself, "vsa", {"density": "half"}, ValueError, r"density must be a number in \(0, 1\], got 'half'"),
+    (_itself, "vsa", {"tile": (4, 4)}, ValueError, "tile must be three positive integers"),
+    (_itself, "vsa", {"tile": 4}, ValueError, "tile must be three positive integers"),
+    (_itself, "vsa", {"block": 0}, ValueError, "block must be a positive integer"),
+    (_itself, "adaspa", {"density": 1.5}, ValueError, r"density must be a number in \(0, 1\], got 1.5"),
+    (_itself, "adaspa", {"block": 2.0}, ValueError, "block must be a positive integer"),
+    (_itself, 3, {}, ValueError, "method must be a registry key or a vsparse Method, got int: 3"),
+    (_itself, vsparse.list_methods()["vsa"], {}, ValueError, "method must be a registry key or a vsparse Method"),
+    (_itself, "vsa", {"schedule": 0.2}, ValueError, "schedule must be a vsparse.Schedule, got float"),
+    (
+        _itself,
+        "vsa",
+        {"schedule": vsparse.Schedule(dense_layers=3)},
+        ValueError,
+        "dense_layers=3, but transformer has 2 attention layers",
+    ),
+    (lambda _: nn.Linear(2, 2), "vsa", {}, ValueError, "cannot patch torch.nn.*Linear.*Known models: WanTransformer3D"),
+    (lambda _: None, "vsa", {}, ValueError, "cannot patch builtins.NoneType.*Known models: WanTransformer3D"),
+    (_foreign_processor, "vsa", {}, NotImplementedError, "blocks.1.attn1: processor .*_OtherProcessor is not known; known: Wan"),
+    (_foreign_child, "vsa", {}, NotImplementedError, "blocks.1.attn1: the module already has a child named 'vsparse'"),
+    (_parallel, "vsa", {}, NotImplementedError, "blocks.1.attn1: context parallelism is enabled"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("target", "method", "options", "error", "words"), REFUSED)
+def test_refuses_in_words(
+    target: Callable[[nn.Module], object], method: Any, options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    model, _ = rows.build("wan")
+    chosen = target(model)
+    mark = rows.footprint(model)
+    with pytest.raises(error, match=f"(?s){words}"):
+        vsparse.apply(chosen, method, **options)
+    with pytest.raises(error, match=f"(?s){words}") if error is ValueError else _nothing():
+        vsparse.plan(chosen, method, **options)
+    assert rows.footprint(model) == mark
+
+
+def _nothing() -> Any:
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+@METHOD
+def test_refuses_a_second_patch(method: str) -> None:
+    model, inputs = rows.build("wan")
+    values = rows.prompt("wan", inputs)
+    with sparse(model, method) as patch:
+        first = outputs(patch, model, values)
+        mark = rows.footprint(model)
+        with pytest.raises(ValueError, match=rf"already patched with '{method}': call vsparse.patch_of\(model\).remove"):
+            vsparse.apply(model, "dense")
+        assert rows.footprint(model) == mark
+        patch.reset()
+        assert all(map(torch.equal, outputs(patch, model, values), first))
+
+
+@pytest.mark.parametrize("point", ["build", "install", "listen", "source"])
+@HOST
+def test_a_failure_half_way_is_undone(host: str, point: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vsparse.integrations.diffusers as adapter
+
+    model, inputs = rows.build(host)
+    values = rows.prompt(host, inputs)
+    before, mark = rows.forward(model, values), rows.footprint(model)
+    owner, name = (vsparse.list_methods()["vsa"], "build") if point == "build" else (adapter, point)
+    stock, calls = getattr(owner, name), []
+    last = {"build": 2 * len(list(dict(model.named_modules()))), "install": 2, "listen": 1, "source": 1}[point]
+
+    def fails(*args: Any) -> Any:
+        calls.append(args)
+        meta = point == "build" and torch.empty(0).is_meta
+        if not meta and sum(1 for _ in calls) >= (_planned(calls) + 2 if point == "build" else last):
+            raise RuntimeError("out of memory")
+        return stock(*args)
+
+    def _planned(_: object) -> int:
+        return sites
+
+    sites = len(vsparse.plan(model, "vsa").sites)
+    monkeypatch.setattr(owner, name, fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        vsparse.apply(model, "vsa")
+    monkeypatch.undo()
+    assert calls
+    assert rows.footprint(model) == mark
+    assert torch.equal(rows.forward(model, values), before)
+    with vsparse.apply(model, "vsa", density=1.0):
+        rows.forward(model, values)
+
+
+# ---- lenient -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", [host for host in rows.HOSTS])
+def test_lenient_runs_dense_and_counts(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = rows.build(host)
+    values = rows.prompt(host, inputs)
+    before = rows.forward(model, values)
+    with sparse(model, "vsa") as patch:
+        monkeypatch.setattr(backend, "reasons", lambda *args, **options: ["no kernel today", "nor tomorrow"])
+        with pytest.raises(NotImplementedError, match="cannot run here:\n  - no kernel today\n  - nor tomorrow"):
+            rows.forward(model, values)
+        assert not patch.stats()["fallbacks"]
+        monkeypatch.undo()
+    with sparse(model, "vsa", strict=False) as patch:
+        monkeypatch.setattr(backend, "reasons", lambda *args, **options: ["no kernel today", "nor tomorrow"])
+        with pytest.warns(UserWarning, match="runs dense: no kernel today") as heard:
+            after = rows.forward(model, values)
+        assert len(heard) == 2
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            rows.forward(model, values)
+        stats = patch.stats()
+        assert stats["fallbacks"] == {"no kernel today": 2, "nor tomorrow": 2}
+        assert stats["calls"] == {"dense": 2 * len(patch.sites)}
+        assert stats["density"] == 1.0
+    with vsparse.apply(model, "dense"):
+        assert torch.equal(after, rows.forward(model, values))
+    tiny_error = float((after - before).abs().max())
+    assert tiny_error == 0.0 or rows.HOSTS[host].lengths is not None
+
+
+def test_lenient_skips_an_unknown_processor_aloud() -> None:
+    model, inputs = rows.build("wan")
+    values = rows.prompt("wan", inputs)
+
+    class Unknown(type(model.blocks[1].attn1.processor)):  # type: ignore[misc]
+        pass
+
+    model.blocks[1].attn1.processor = Unknown()
+    mark = rows.footprint(model)
+    with pytest.warns(UserWarning, match="transformer.blocks.1.attn1 runs dense: processor .*Unknown is not known"):
+        patch = vsparse.apply(model, "vsa", strict=False, density=0.3)
+    assert list(patch.plan.skipped) == ["transformer.blocks.1.attn1"]
+    rows.forward(model, values)
+    rows.forward(model, values)
+    assert len(patch.sites) == 1
+    (counted,) = patch.stats()["fallbacks"].items()
+    assert "Unknown is not known" in counted[0]
+    assert counted[1] == 2
+    patch.remove()
+    assert rows.footprint(model) == mark
+
+
+def test_a_processor_replaced_after_apply_is_noticed() -> None:
+    model, inputs = rows.build("wan")
+    values = rows.prompt("wan", inputs)
+    stock = model.blocks[1].attn1.processor
+    patch = vsparse.apply(model, "vsa")
+    model.blocks[1].attn1.processor = stock
+    with pytest.raises(NotImplementedError, match="processor was replaced by WanAttnProcessor after apply.*apply it again"):
+        rows.forward(model, values)
+    patch.remove()
+    assert model.blocks[1].attn1.processor is stock
+    assert not list(rows.sites(model))
+
+
+# ---- undisturbed -------------------------------------------------------------------------------------------------
+
+
+@HOST_METHOD
+def test_prompts_and_resolutions_do_not_disturb_each_other(host: str, method: str) -> None:
+    model, inputs = rows.build(host)
+    first, second = rows.prompt(host, inputs), rows.prompt(host, inputs, seed=1)
+    other = rows.prompt(host, inputs, (3, 5, 4))
+    with sparse(model, method) as patch:
+        expected = []
+        for values in (first, second, other, first):
+            expected.append(outputs(patch, model, values))
+            patch.reset()
+    for values, wanted in zip((first, second, other, first), expected, strict=True):
+        with sparse(model, method) as patch:
+            assert all(map(torch.equal, outputs(patch, model, values), wanted))
+
+
+@HOST_METHOD
+def test_an_exception_in_mid_generation_leaves_nothing(host: str, method: str) -> None:
+    model, inputs = rows.build(host)
+    values = rows.prompt(host, inputs)
+    with sparse(model, method) as patch:
+        wanted = outputs(patch, model, values)
+    second = [module for name, module in model.named_modules() if name.endswith("blocks.0")][-1]
+    with sparse(model, method) as patch:
+
+        def fails(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt), patch.generation(4):
+            for i in range(3):
+                with patch.step(i):
+                    handle = second.register_forward_hook(fails) if i == 2 else None
+                    rows.forward(model, rows.prompt(host, inputs, seed=1))
+        handle.remove()
+        assert patch.stats()["state_bytes"] == 0
+        assert all(map(torch.equal, outputs(patch, model, values), wanted))
+        # The same without a context that cleans up: a generation that is never closed cannot be opened again unseen.
+        assert all(site.hidden is None for site in patch.sites)
+
+
+@METHOD
+def test_two_patched_models_share_nothing(method: str) -> None:
+    (one, inputs), (two, _) = rows.build("wan"), rows.build("wan", seed=3)
+    a, b = rows.prompt("wan", inputs), rows.prompt("wan", inputs, (3, 5, 4), seed=1)
+    with sparse(one, method) as patch:
+        wanted_one = outputs(patch, one, a)
+    with sparse(two, "vsa") as patch:
+        wanted_two = outputs(patch, two, b)
+    with sparse(one, method) as first, sparse(two, "vsa") as second:
+        found = []
+        with first.generation(4), second.generation(4):
+            for i in range(4):
+                for branch in ("cond", "uncond"):
+                    with first.step(i, branch=branch), second.step(i, branch=branch):
+                        found.append((rows.forward(one, a), rows.forward(two, b)))
+        assert all(map(torch.equal, [x for x, _ in found], wanted_one))
+        assert all(map(torch.equal, [x for _, x in found], wanted_two))
+        second.remove()
+        assert all(map(torch.equal, outputs(first, one, a), wanted_one))
+
+
+@HOST_METHOD
+def test_a_deepcopy_is_patched_and_independent(host: str, method: str) -> None:
+    model, inputs = rows.build(host)
+    values = rows.prompt(host, inputs)
+    stock, mark = rows.forward(model, values), rows.footprint(copy.deepcopy(model))
+    patch = sparse(model, method)
+    wanted = outputs(patch, model, values)
+    twin = copy.deepcopy(model)
+    own = vsparse.patch_of(twin)
+    assert own is not None
+    assert own is not patch
+    assert vsparse.patch_of(twin) is own
+    assert vsparse.patch_of(model) is patch
+    assert not {id(x) for x in own.parameters()} & {id(x) for x in patch.parameters()}
+    assert all(map(torch.equal, outputs(own, twin, values), wanted))
+    assert own.stats()["calls"] == patch.stats()["calls"]
+    patch.remove()
+    assert all(map(torch.equal, outputs(own, twin, values), wanted))
+    assert torch.equal(rows.forward(model, values), stock)
+    own.remove()
+    assert torch.equal(rows.forward(twin, values), stock)
+    assert rows.footprint(twin).keys() == mark.keys()
+    for name, (_, kind, attributes, hooks, children, own_tensors) in list(mark.items())[1:]:
+        there = rows.footprint(twin)[name]
+        assert there[1] is kind
+        assert there[2].keys() == attributes.keys()
+        assert {table: len(x) for table, x in there[3].items()} == {table: len(x) for table, x in hooks.items()}
+        assert there[4].keys() == children.keys()
+        assert there[5].keys() == own_tensors.keys()
+
+
+# ---- threads -----------------------------------------------------------------------------------------------------
+
+
+class _Gate:
+    """Stops the first call of a block until it is told to go on."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.inside, self.go = threading.Event(), threading.Event()
+        self.handle = module.register_forward_hook(self._hook)
+
+    def _hook(self, *_: object) -> None:
+        self.inside.set()
+        assert self.go.wait(60)
+
+
+def _in_thread(work: Callable[[], object]) -> tuple[threading.Thread, list[Any]]:
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except Exception as error:  # noqa: BLE001 the test looks at it
+            found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, found
+
+
+def test_concurrent_calls_of_one_model_are_refused() -> None:
+    model, inputs = rows.build("wan")
+    values = rows.prompt("wan", inputs)
+    with sparse(model, "vsa"):
+        wanted = rows.forward(model, values)
+        gate = _Gate(model.blocks[0])
+        thread, found = _in_thread(lambda: rows.forward(model, values))
+        assert gate.inside.wait(60)
+        with pytest.raises(RuntimeError, match="still running; concurrent calls of one patched model"):
+            rows.forward(model, values)
+        gate.go.set()
+        thread.join(60)
+        assert torch.equal(found[0], wanted)
+        gate.handle.remove()
+        assert torch.equal(rows.forward(model, values), wanted)
+
+
+@METHOD
+def test_two_models_run_in_two_threads(method: str) -> None:
+    (one, inputs), (two, other) = rows.build("wan"), rows.build("hunyuan_video")
+    a, b = rows.prompt("wan", inputs), rows.prompt("hunyuan_video", other)
+    with sparse(one, method) as first, sparse(two, method) as second:
+        wanted = outputs(first, one, a), outputs(second, two, b)
+        first.reset()
+        second.reset()
+        gates = _Gate(one.blocks[0].attn1.to_q), _Gate(two.transformer_blocks[0].attn.to_q)
+        threads = [_in_thread(lambda: outputs(first, one, a)), _in_thread(lambda: outputs(second, two, b))]
+        for gate in gates:  # both are inside their first attention now
+            assert gate.inside.wait(60)
+        for gate in gates:
+            gate.go.set()
+        for (thread, found), expected in zip(threads, wanted, strict=True):
+            thread.join(60)
+            assert all(map(torch.equal, found[0], expected))
+
+
+def test_grid_and_latent_must_agree() -> None:
+    model, inputs = rows.build("wan")
+    values = rows.prompt("wan", inputs)
+    with vsparse.apply(model, "vsa"):
+        with pytest.raises(ValueError, match="hidden_states must be a 5-D latent, got"):
+            rows.forward(model, {**values, "hidden_states": values["hidden_states"][0]})
+        rows.forward(model, values)
+
+
+def test_an_unknown_mask_is_refused() -> None:
+    model, inputs = rows.build("wan")
+    values = rows.prompt("wan", inputs)
+    tokens = tiny.Size.__args__ and rows.SMALL[0] * rows.SMALL[1] * rows.SMALL[2]
+    mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool)
+    attention = model.blocks[0].attn1
+    stock = type(attention).forward
+    with vsparse.apply(model, "vsa"):
+        attention.forward = lambda hidden, text, _, rotary: stock(attention, hidden, text, mask, rotary)
+        with pytest.raises(ValueError, match=r"blocks.0.attn1: an attention mask of unknown form, torch.bool \(1, 1, 1"):
+            rows.forward(model, values)
+        del attention.forward
+        rows.forward(model, values)
+
+
+def test_stands_on_the_processors_that_hosts_name() -> None:
+    """Every processor name of the host table is a class whose code can be entered, in this version of diffusers."""
+    for host in rows.HOSTS:
+        model, _ = rows.build(host)
+        for claim in _claims(model):
+            assert not claim.reasons, claim.reasons
+            assert isinstance(claim.module, nn.Module)
+    assert processors.reasons(nn.Linear(2, 2), _host())
+
+
+def _claims(model: nn.Module) -> Any:
+    from vsparse.integrations.diffusers import roots
+
+    found = roots(model)
+    assert found is not None
+    return found[0].claims
+
+
+def _host() -> Any:
+    from vsparse.integrations.diffusers.hosts import HOSTS
+
+    return HOSTS[0]

@@ -1,0 +1,64 @@
+"""The demo, small: what it writes, and what its report says."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from vsparse.measure import demo
+from vsparse.measure.embedded import EMBEDDED, embedded_pipeline
+from vsparse.measure.video import read_video
+from vsparse.methods import list_methods
+
+
+def test_demo_writes_videos_sheet_and_report_and_gives_the_pipeline_back(tmp_path: Path) -> None:
+    pipe = embedded_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    before, names, steps = list(pipe.transformer.state_dict()), [], []
+    wanted = [*demo.trials(), *demo.FLOORS]
+    runs = demo.run_demo(
+        pipe,
+        dc.replace(EMBEDDED, steps=2, frames=3),
+        tmp_path,
+        prompt="a blue square moving up on a light background",
+        seed=3,
+        wanted=wanted,
+        began=names.append,
+        stepped=lambda: steps.append(1),
+    )
+    assert list(pipe.transformer.state_dict()) == before
+    assert [run.name for run in runs] == ["dense", *(trial.name for trial in wanted)]
+    assert names == ["warm-up", *(run.name for run in runs), "writing"]
+    assert len(steps) == 2 * len(runs)
+    by_name = {run.name: run for run in runs}
+    assert by_name["floor: dense"].quality.identical
+    assert by_name["floor: vsa, all blocks"].quality.psnr > 100
+    assert by_name["vsa, density=0.25"].density < by_name["vsa, density=0.5"].density < 1
+    assert by_name["vsa, density=0.25"].quality.psnr < 60
+    for run in runs:
+        assert read_video(run.video).shape == (3, 256, 256, 3)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["clip"]["steps"] == 2
+    assert [row["name"] for row in report["runs"]] == [run.name for run in runs]
+    assert report["runs"][1]["options"] == {"density": 0.5, "tile": [1, 8, 8]}
+    expected = {"report.json", "sheet.png", *(run.video.name for run in runs)}
+    assert {path.name for path in tmp_path.iterdir()} == expected
+
+
+def test_every_method_is_tried() -> None:
+    assert {trial.method for trial in demo.trials()} == set(list_methods()) - {"dense"}
+    with pytest.raises(ValueError, match="unknown method 'nope'"):
+        demo.trials(["nope"])
+
+
+def test_rows_tell_dense_steps_and_equality() -> None:
+    calls = {"dense": 24, "search": 12, "reuse": 108}
+    run = demo.Run(
+        name="adaspa", method="adaspa", options={}, frames=torch.zeros(1, 16, 16, 3), seconds=2.0,
+        stats={"density": 0.4, "calls": calls}, quality=demo.compare(*[torch.zeros(1, 16, 16, 3)] * 2),
+    )  # fmt: skip
+    assert demo.facts(run, EMBEDDED) == ["density 0.400, 3 of 12 steps dense", "2.0 s", "equal to the bit"]
