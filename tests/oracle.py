@@ -12,7 +12,7 @@ candidate may still round once. No test picks a tolerance.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,15 +36,17 @@ def _same_infinities(name: str, candidate: Tensor, truth: Tensor) -> None:
         assert torch.equal(candidate == value, truth == value), f"{name}: infinities stand elsewhere than in the truth"
 
 
-def check(name: str, candidate: Tensor, working: Tensor, truth: Tensor) -> None:
-    """Hold one tensor to the law; the message names the worst coordinate."""
+def check(name: str, candidate: Tensor, working: Tensor, truth: Tensor, *others: Tensor) -> None:
+    """Hold one tensor to the law; the message names the worst coordinate. ``others``: further reference runs."""
     assert candidate.shape == truth.shape, f"{name}: shape {tuple(candidate.shape)}, truth {tuple(truth.shape)}"
     assert candidate.dtype == working.dtype, f"{name}: dtype {candidate.dtype}, reference {working.dtype}"
     _same_infinities(name, candidate, truth)
     finite = truth.isfinite()
     gap = torch.where(finite, candidate.double() - truth, 0).abs()
     assert not bool(gap.isnan().any()), f"{name}: NaN at {gap.isnan().nonzero()[0].tolist()}"
-    known = float(torch.where(finite, working.double() - truth, 0).abs().max()) if truth.numel() else 0.0
+    known = 0.0
+    for run_of_reference in (working, *others) if truth.numel() else ():
+        known = max(known, float(torch.where(finite, run_of_reference.double() - truth, 0).abs().max()))
     allowed = 2 * known + ulp_floor(working)
     worst = float(gap.max()) if gap.numel() else 0.0
     if worst > allowed:
@@ -53,13 +55,6 @@ def check(name: str, candidate: Tensor, working: Tensor, truth: Tensor) -> None:
             f"{name}: error {worst:.3e} at {[int(i) for i in place]} "
             f"({float(candidate[place]):.6g} for {float(truth[place]):.6g}); allowed {allowed:.3e}, reference {known:.3e}"
         )
-
-
-def check_all(candidate: Mapping[str, Tensor], working: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> None:
-    """Hold tensors of the same names to the law, one by one."""
-    assert candidate.keys() == working.keys() == truth.keys(), (candidate.keys(), working.keys(), truth.keys())
-    for name, value in candidate.items():
-        check(name, value, working[name], truth[name])
 
 
 def run(function: Function, inputs: Sequence[Tensor], seed: int = 0, *, grads: bool = True) -> dict[str, Tensor]:
@@ -82,15 +77,24 @@ def run(function: Function, inputs: Sequence[Tensor], seed: int = 0, *, grads: b
 
 
 def assert_law(
-    candidate: Function, plain: Function, inputs: Sequence[Tensor], seed: int = 0, *, grads: bool = True
+    candidate: Function,
+    plain: Function,
+    inputs: Sequence[Tensor],
+    seed: int = 0,
+    *,
+    grads: bool = True,
+    also: Sequence[Function] = (),
 ) -> None:
     """Hold a function to a plain one that runs in any dtype: outputs and, unless told otherwise, every gradient.
 
     Args:
         candidate, plain: Functions of the tensors ``inputs``. inputs: in the working dtype; truth takes them in float64.
+        also: Further ways to run the reference in the working dtype; the worst of their errors counts.
     """
     truth = run(plain, [x.double() for x in inputs], seed, grads=grads)
-    check_all(run(candidate, inputs, seed, grads=grads), run(plain, inputs, seed, grads=grads), truth)
+    working = [run(function, inputs, seed, grads=grads) for function in (plain, *also)]
+    for name, value in run(candidate, inputs, seed, grads=grads).items():
+        check(name, value, working[0][name], truth[name], *(found[name] for found in working[1:]))
 
 
 def assert_identity(
@@ -109,6 +113,29 @@ def assert_identity(
         finite = truth[name].isfinite()
         gap, known = (torch.where(finite, x - truth[name], 0).abs().max() for x in (value, narrow[name].double()))
         assert float(gap) <= float(known), f"{name}: differs by {float(gap):.3e}; float32 differs by {float(known):.3e}"
+
+
+def fused(blocks: BlockMap, scale: float) -> Function:
+    """The map as a token mask for PyTorch's own fused attention, with the LSE of the plain formula.
+
+    It is what a host runs. Its exponential on CPUs is fast rather than exact, so that in float32 its gradients lie
+    further from the truth than those of the plain formula; a kernel need not be more exact than that.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keep = pairs(blocks, q.shape[1], k.shape[1]).expand(q.shape[0], q.shape[2], -1, -1)
+        some = keep.any(-1, keepdim=True)
+        bias = torch.zeros(keep.shape, dtype=q.dtype)
+        if blocks.key_bias is not None:
+            block = reference.slot_block(blocks.k, k.shape[1]).clamp_min(0).expand(*blocks.key_bias.shape[:2], -1)
+            bias = bias + blocks.key_bias.gather(-1, block)[:, :, None].to(q.dtype)
+        mask = torch.where(keep | ~some, bias, -torch.inf)
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale)
+        out = torch.where(some, out, 0).transpose(1, 2)
+        return out, reference.block_sparse_attention(q, k, v, blocks, scale=scale)[1]
+
+    return attend
 
 
 def pairs(blocks: BlockMap, rows: int, columns: int) -> Tensor:

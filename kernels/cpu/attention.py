@@ -107,7 +107,8 @@ def _attend_backward(
     if chunk.q.valid is not None:
         idle = idle | ~chunk.q.valid
     grad_out, out = grad_out.to(dtype).masked_fill(idle[..., None], 0), out.to(dtype)
-    lse = lse.masked_fill(idle, 0)
+    # Huge, not 0: the probabilities of an idle row must vanish however large its logits are.
+    lse = lse.masked_fill(idle, torch.finfo(lse.dtype).max)
     if grad_lse is not None:
         # dS = P (dP - sum(out dOut) + dLSE): one more column, 1 in out and -dLSE in dOut, and none in q, k, v.
         q, k, v, out, grad_out = (torch.nn.functional.pad(x, (0, _SPARE)) for x in (q, k, v, out, grad_out))

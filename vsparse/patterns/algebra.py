@@ -6,6 +6,7 @@ import abc
 import contextlib
 import dataclasses as dc
 import functools
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -17,9 +18,17 @@ from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, Segment
 from vsparse.layouts import Layout
 from vsparse.patterns.boxes import Bounds, Box, kept_pairs
+from vsparse.patterns.counting import (
+    AxisTables,
+    Relations,
+    all_differences,
+    axis_tables,
+    count_axes,
+    count_differences,
+    difference_table,
+)
 
 __all__ = [
-    "Axes",
     "Complement",
     "Intersection",
     "Pattern",
@@ -31,7 +40,6 @@ __all__ = [
 ]
 
 TextRule = Literal["always", "pattern"]
-Axes = tuple[Tensor | None, Tensor | None, Tensor | None]  # [T, T], [H, H], [W, W] bool over (query, key); None: any
 
 
 class Pattern(abc.ABC):
@@ -52,13 +60,18 @@ class Pattern(abc.ABC):
         """Whether the rule holds for a pair of which at least one token is text."""
         return False
 
-    def axes(self, grid: Grid) -> Axes | None:
+    def axes(self, grid: Grid) -> Relations | None:
         """The rule as one relation per axis that must all hold, or None when it has no such form."""
         return None
 
     def restricts(self, grid: Grid) -> frozenset[int]:
         """The axes that the rule depends on, of 0, 1, 2."""
         return frozenset((0, 1, 2))
+
+    @property
+    def invariant(self) -> bool:
+        """Whether the rule depends on the difference of two positions only."""
+        return False
 
     def block_map(self, layout: Layout, *, text: TextRule = "always") -> BlockMap:
         """The block form; see `vsparse.patterns.block_map`."""
@@ -101,7 +114,7 @@ class Separable(Pattern):
     def relation(self, grid: Grid, axis: int) -> Tensor | None:
         """``[n, n]`` bool over the query and key positions of axis 0 (frames), 1 (rows) or 2 (columns); None: any."""
 
-    def axes(self, grid: Grid) -> Axes:
+    def axes(self, grid: Grid) -> Relations:
         """The relations of all axes."""
         return self.relation(grid, 0), self.relation(grid, 1), self.relation(grid, 2)
 
@@ -111,36 +124,34 @@ class Separable(Pattern):
 
     def bounds(self, q: Box, k: Box, grid: Grid) -> Bounds:
         """Exact, by counting in the relation of each axis."""
-        tables = _tables(self, grid)
-        assert tables is not None
-        return _counted(tables, q, k)
-
-
-_Tables = tuple[Tensor | None, Tensor | None, Tensor | None]
+        return count_axes(axis_tables(self.axes(grid)), q, k)
 
 
 @functools.lru_cache(maxsize=256)
-def _tables(pattern: Pattern, grid: Grid) -> _Tables | None:
-    """Prefix sums of a pattern's relations, ``[n + 1, n + 1]`` for each axis that is restricted."""
+def _tables(pattern: Pattern, grid: Grid) -> AxisTables | None:
+    """Counting tables of a pattern's relations, or None when it is not one relation per axis."""
     axes = pattern.axes(grid)
-    if axes is None:
-        return None
-    made = [None if x is None else torch.nn.functional.pad(x.long(), (1, 0, 1, 0)).cumsum(0).cumsum(1) for x in axes]
-    return made[0], made[1], made[2]
+    return None if axes is None else axis_tables(axes)
 
 
-def _counted(tables: _Tables, q: Box, k: Box) -> Bounds:
-    some = every = torch.ones((), dtype=torch.bool)
-    for axis, table in enumerate(tables):
-        if table is None:
-            continue
-        q0, q1, k0, k1 = q.low[axis], q.high[axis] + 1, k.low[axis], k.high[axis] + 1
-        held = table[q1, k1] - table[q0, k1] - table[q1, k0] + table[q0, k0]
-        some, every = some & (held > 0), every & (held == (q1 - q0) * (k1 - k0))
-    return Bounds.exact(some, every)
+@functools.lru_cache(maxsize=64)
+def _differences(pattern: Pattern, grid: Grid) -> Tensor:
+    """Counting table over all differences of positions of a pattern that depends on nothing else."""
+    q, k, shape = all_differences(grid)
+    return difference_table(pattern.bounds(q, k, grid).some.expand(math.prod(shape)).view(shape))
 
 
-def _negated(axes: Axes | None, grid: Grid) -> Axes | None:
+def judged(pattern: Pattern, q: Box, k: Box, grid: Grid) -> Bounds:
+    """The bounds of a pattern, exact where its form allows it."""
+    tables = _tables(pattern, grid)
+    if tables is not None:
+        return count_axes(tables, q, k)
+    if pattern.invariant and isinstance(pattern, Union | Intersection):
+        return count_differences(_differences(pattern, grid), q, k)
+    return pattern.bounds(q, k, grid)
+
+
+def _negated(axes: Relations | None, grid: Grid) -> Relations | None:
     """The complement of a relation per axis is of that form only if at most one axis is restricted."""
     if axes is None:
         return None
@@ -154,7 +165,7 @@ def _negated(axes: Axes | None, grid: Grid) -> Axes | None:
     return new[0], new[1], new[2]
 
 
-def _joint(a: Axes, b: Axes) -> Axes:
+def _joint(a: Relations, b: Relations) -> Relations:
     t, h, w = (y if x is None else x if y is None else x & y for x, y in zip(a, b, strict=True))
     return t, h, w
 
@@ -167,19 +178,24 @@ class Complement(Pattern):
 
     def bounds(self, q: Box, k: Box, grid: Grid) -> Bounds:
         """Those of the part, inverted."""
-        return ~self.part.bounds(q, k, grid)
+        return ~judged(self.part, q, k, grid)
 
     def on_text(self, q_text: bool, k_text: bool) -> bool:
         """Where the part does not hold."""
         return not self.part.on_text(q_text, k_text)
 
-    def axes(self, grid: Grid) -> Axes | None:
+    def axes(self, grid: Grid) -> Relations | None:
         """Of the part, if it restricts one axis only."""
         return _negated(self.part.axes(grid), grid)
 
     def restricts(self, grid: Grid) -> frozenset[int]:
         """Those of the part."""
         return self.part.restricts(grid)
+
+    @property
+    def invariant(self) -> bool:
+        """As the part."""
+        return self.part.invariant
 
     def __invert__(self) -> Pattern:
         return self.part
@@ -195,23 +211,21 @@ class Intersection(Pattern):
     parts: tuple[Pattern, ...]
 
     def bounds(self, q: Box, k: Box, grid: Grid) -> Bounds:
-        """Exact where all parts are relations per axis; else what the parts allow to conclude."""
+        """What the parts allow to conclude; parts that can be judged exactly together are."""
         separable = tuple(part for part in self.parts if _tables(part, grid) is not None)
-        found = []
-        if separable:
-            tables = _tables(Intersection(parts=separable), grid)
-            assert tables is not None
-            found.append(_counted(tables, q, k))
-        found += [part.bounds(q, k, grid) for part in self.parts if part not in separable]
-        return functools.reduce(Bounds.meet, found)
+        invariant = tuple(part for part in self.parts if part.invariant)
+        groups = [alike for alike in (separable, invariant) if 1 < len(alike) < len(self.parts)]
+        single = [part for part in self.parts if not any(part in alike for alike in groups)]
+        joint = [Intersection(parts=alike) for alike in groups]
+        return functools.reduce(Bounds.meet, (judged(part, q, k, grid) for part in (*joint, *single)))
 
     def on_text(self, q_text: bool, k_text: bool) -> bool:
         """Where all parts hold."""
         return all(part.on_text(q_text, k_text) for part in self.parts)
 
-    def axes(self, grid: Grid) -> Axes | None:
+    def axes(self, grid: Grid) -> Relations | None:
         """All relations together."""
-        joint: Axes = (None, None, None)
+        joint: Relations = (None, None, None)
         for part in self.parts:
             axes = part.axes(grid)
             if axes is None:
@@ -222,6 +236,11 @@ class Intersection(Pattern):
     def restricts(self, grid: Grid) -> frozenset[int]:
         """Those of any part."""
         return frozenset().union(*(part.restricts(grid) for part in self.parts))
+
+    @property
+    def invariant(self) -> bool:
+        """If all parts are."""
+        return all(part.invariant for part in self.parts)
 
     def __repr__(self) -> str:
         return f"({' & '.join(map(repr, self.parts))})"
@@ -235,19 +254,24 @@ class Union(Pattern):
 
     def bounds(self, q: Box, k: Box, grid: Grid) -> Bounds:
         """By De Morgan: not (not a and not b)."""
-        return ~functools.reduce(Bounds.meet, (~part.bounds(q, k, grid) for part in self.parts))
+        return ~Intersection(parts=tuple(~part for part in self.parts)).bounds(q, k, grid)
 
     def on_text(self, q_text: bool, k_text: bool) -> bool:
         """Where any part holds."""
         return any(part.on_text(q_text, k_text) for part in self.parts)
 
-    def axes(self, grid: Grid) -> Axes | None:
+    def axes(self, grid: Grid) -> Relations | None:
         """By De Morgan; exists when all parts restrict one and the same axis."""
         return _negated(Intersection(parts=tuple(~part for part in self.parts)).axes(grid), grid)
 
     def restricts(self, grid: Grid) -> frozenset[int]:
         """Those of any part."""
         return frozenset().union(*(part.restricts(grid) for part in self.parts))
+
+    @property
+    def invariant(self) -> bool:
+        """If all parts are."""
+        return all(part.invariant for part in self.parts)
 
     def __repr__(self) -> str:
         return f"({' | '.join(map(repr, self.parts))})"
@@ -261,13 +285,13 @@ class Transposed(Pattern):
 
     def bounds(self, q: Box, k: Box, grid: Grid) -> Bounds:
         """Those of the part with its arguments exchanged."""
-        return self.part.bounds(k, q, grid)
+        return judged(self.part, k, q, grid)
 
     def on_text(self, q_text: bool, k_text: bool) -> bool:
         """As of the part, exchanged."""
         return self.part.on_text(k_text, q_text)
 
-    def axes(self, grid: Grid) -> Axes | None:
+    def axes(self, grid: Grid) -> Relations | None:
         """Relations of the part, transposed."""
         axes = self.part.axes(grid)
         if axes is None:
@@ -278,6 +302,11 @@ class Transposed(Pattern):
     def restricts(self, grid: Grid) -> frozenset[int]:
         """Those of the part."""
         return self.part.restricts(grid)
+
+    @property
+    def invariant(self) -> bool:
+        """As the part."""
+        return self.part.invariant
 
     @property
     def T(self) -> Pattern:  # noqa: N802
@@ -363,7 +392,7 @@ def _block_mask(request: _Request) -> Tensor:
 def _bounds(pattern: Pattern, grid: Grid, q: Box, k: Box) -> Bounds:
     """All four with the full shape of the pairs."""
     shape = torch.broadcast_shapes(q.low.shape[1:], k.low.shape[1:])
-    return Bounds(*(x.expand(shape) for x in pattern.bounds(q, k, grid)))
+    return Bounds(*(x.expand(shape) for x in judged(pattern, q, k, grid)))
 
 
 def _with_text(pattern: Pattern, keep: Tensor, is_text: Tensor, text: TextRule) -> Tensor:

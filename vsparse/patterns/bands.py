@@ -63,6 +63,11 @@ class Band(Pattern):
         if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 0:
             raise ValueError(f"Band: width must be an integer >= 0, got {self.width!r}")
 
+    @property
+    def invariant(self) -> bool:
+        """Yes."""
+        return True
+
     def bounds(self, q: Box, k: Box, grid: Grid) -> Bounds:
         """Exact: from the least and the greatest absolute difference; in-frame ones stay below one frame."""
         t0, t1 = _differences(q, k, 0)
@@ -104,6 +109,11 @@ class FrameBand(Pattern):
     def restricts(self, grid: Grid) -> frozenset[int]:
         """Rows and columns; frames if the width follows their distance."""
         return frozenset((1, 2)) if len(set(self.widths(grid))) == 1 else frozenset((0, 1, 2))
+
+    @property
+    def invariant(self) -> bool:
+        """Yes."""
+        return True
 
     def bounds(self, q: Box, k: Box, grid: Grid) -> Bounds:
         """Exact: in-frame differences and frame differences of two boxes are independent of each other."""

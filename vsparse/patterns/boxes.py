@@ -15,7 +15,6 @@ from vsparse.layouts import Layout
 __all__ = ["Bounds", "Box", "Rule", "kept_pairs"]
 
 _BATCH = 1 << 19  # box pairs that are judged at once; 2^19 of them take some 50 MB of temporaries
-_PROBES = 3
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -172,7 +171,7 @@ _Work = tuple[Tensor, Box]  # owner [n]: entry of the flat mask; box [6, n]: que
 def _settle(rule: Rule, keep: Tensor, owner: Tensor, box: Box, axes: Sequence[int]) -> None:
     """Decide pairs of boxes, depth first, so that few are held at a time.
 
-    Random tokens of an open pair are tried before it is halved: most pairs that hold a hit hold many.
+    One random pair of tokens is tried before a pair of boxes is halved: most that hold a hit hold many.
     """
     chance = torch.Generator().manual_seed(0)
     stack = [(owner, box)]
@@ -183,10 +182,9 @@ def _settle(rule: Rule, keep: Tensor, owner: Tensor, box: Box, axes: Sequence[in
         found = rule(*_sides(box))
         keep[owner[found.some]] = True
         live = found.maybe & ~keep[owner]
-        for _ in range(_PROBES):
-            owner, box = owner[live], box.at(live)
-            keep[owner[rule(*_sides(_random_tokens(box, chance))).some]] = True
-            live = ~keep[owner]
+        owner, box = owner[live], box.at(live)
+        keep[owner[rule(*_sides(_random_tokens(box, chance))).some]] = True
+        live = ~keep[owner]
         if bool(live.any()):
             stack += _halves(owner[live], box.at(live), axes)
 

@@ -90,6 +90,11 @@ class Everything(Separable):
         """Always."""
         return True
 
+    @property
+    def invariant(self) -> bool:
+        """Yes."""
+        return True
+
     def relation(self, grid: Grid, axis: int) -> Tensor | None:
         """No axis is restricted."""
         return None
@@ -98,6 +103,11 @@ class Everything(Separable):
 @dc.dataclass(frozen=True, repr=False, kw_only=True)
 class Nothing(Separable):
     """No pair of tokens."""
+
+    @property
+    def invariant(self) -> bool:
+        """Yes."""
+        return True
 
     def relation(self, grid: Grid, axis: int) -> Tensor | None:
         """No frame sees a frame."""
@@ -121,6 +131,11 @@ class Text(Separable):
     def on_text(self, q_text: bool, k_text: bool) -> bool:
         """Whether the token of that side is text."""
         return q_text if self.side == "query" else k_text
+
+    @property
+    def invariant(self) -> bool:
+        """Yes."""
+        return True
 
     def relation(self, grid: Grid, axis: int) -> Tensor | None:
         """Nothing between video tokens."""
@@ -155,6 +170,11 @@ class Window(Separable):
         _set(self, size=_open("Window: size", self.size, 1))
         for name in ("dilation", "stride", "unit"):
             _set(self, **{name: _closed(f"Window: {name}", getattr(self, name), 1)})
+
+    @property
+    def invariant(self) -> bool:
+        """If it is cut at borders and counted in positions."""
+        return self.border == "cut" and self.stride == self.unit == (1, 1, 1)
 
     def relation(self, grid: Grid, axis: int) -> Tensor | None:
         """One window per axis."""
@@ -223,6 +243,11 @@ class Offset(Separable):
         _set(self, low=_open("Offset: low", self.low, None), high=_open("Offset: high", self.high, None))
         _set(self, unit=_closed("Offset: unit", self.unit, 1))
 
+    @property
+    def invariant(self) -> bool:
+        """Unless positions are counted in units."""
+        return self.unit == (1, 1, 1)
+
     def relation(self, grid: Grid, axis: int) -> Tensor | None:
         """One interval of differences per axis."""
         low, high = _open_part(self.low, axis), _open_part(self.high, axis)
@@ -248,6 +273,11 @@ class Stride(Separable):
 
     def __post_init__(self) -> None:
         _set(self, step=_closed("Stride: step", self.step, 1))
+
+    @property
+    def invariant(self) -> bool:
+        """Yes."""
+        return True
 
     def relation(self, grid: Grid, axis: int) -> Tensor | None:
         """The same residue per axis."""

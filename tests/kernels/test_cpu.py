@@ -1,0 +1,229 @@
+"""CPU kernels against the float64 reference, by the law: every corner of lists and lengths, every gradient."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+
+import oracle
+import pytest
+import strategies
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import vsparse
+from vsparse import BlockMap, reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dc.dataclass(frozen=True)
+class Case:
+    """A map and inputs whose unused slots are zero, as `Blocking.pack` leaves them."""
+
+    blocks: BlockMap
+    inputs: list[Tensor]
+
+    @property
+    def scale(self) -> float:
+        return self.inputs[0].shape[-1] ** -0.5
+
+
+def make(
+    seed: int,
+    *,
+    q: tuple[int, int] = (4, 8),
+    k: tuple[int, int] = (6, 4),
+    lead: tuple[int, int] = (2, 2),
+    width: int = 16,
+    dtype: torch.dtype = torch.float32,
+    size: float = 1.0,
+    ragged: tuple[bool, bool] = (False, False),
+    bias: bool = False,
+    density: float = 0.4,
+) -> Case:
+    """Random maps over ragged blocks. ``q`` and ``k``: number and size of blocks. ``size``: scale of activations."""
+    q_side = strategies.blocking(*q, seed=seed, lead=(2, 1), ragged=ragged[0])
+    k_side = strategies.blocking(*k, seed=seed + 1, ragged=ragged[1])
+    blocks = strategies.block_map(q_side, k_side, seed=seed, lead=lead, density=density)
+    generator = torch.Generator().manual_seed(seed)
+    if bias:
+        blocks = dc.replace(blocks, key_bias=torch.randn(1, 1, k[0], generator=generator))
+    inputs = []
+    for side in (q_side, k_side, k_side):
+        slots = strategies.slots(side)
+        x = torch.randn(2, slots, 2, width, generator=generator) * size
+        valid = (reference.slot_block(side, slots) >= 0).transpose(1, 2)[..., None]
+        inputs.append(torch.where(valid, x, 0).to(dtype))
+    return Case(blocks, inputs)
+
+
+def hold(case: Case) -> None:
+    """Outputs, LSE and the gradients through both."""
+    oracle.assert_law(
+        lambda q, k, v: vsparse.block_sparse_attention(q, k, v, case.blocks),
+        lambda q, k, v: reference.block_sparse_attention(q, k, v, case.blocks, scale=case.scale),
+        case.inputs,
+        also=[oracle.fused(case.blocks, case.scale)],
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1.0, 4.0, 16.0])
+def test_activation_scales(dtype: torch.dtype, size: float) -> None:
+    for seed in range(4):
+        hold(make(seed, dtype=dtype, size=size))
+
+
+@given(
+    seed=strategies.seeds,
+    q=st.tuples(st.integers(1, 6), st.sampled_from([1, 2, 5, 16, 33])),
+    k=st.tuples(st.integers(1, 9), st.sampled_from([1, 3, 8, 40])),
+    ragged=st.tuples(st.booleans(), st.booleans()),
+    bias=st.booleans(),
+    density=st.sampled_from([0.0, 0.2, 0.6, 1.0]),
+    lead=st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2)]),
+)
+def test_lists_and_lengths(
+    seed: int,
+    q: tuple[int, int],
+    k: tuple[int, int],
+    ragged: tuple[bool, bool],
+    bias: bool,
+    density: float,
+    lead: tuple[int, int],
+) -> None:
+    # float64, where two ways to add cannot be told apart by luck; the dtypes have their fixed cases above.
+    case = make(seed, q=q, k=k, ragged=ragged, bias=bias, density=density, lead=lead, width=4)
+    oracle.assert_identity(
+        lambda q, k, v: vsparse.block_sparse_attention(q, k, v, case.blocks),
+        lambda q, k, v: reference.block_sparse_attention(q, k, v, case.blocks, scale=case.scale),
+        case.inputs,
+    )
+
+
+@pytest.mark.parametrize("width", [3, 64, 80, 96, 128, 256])
+def test_head_dims(width: int) -> None:
+    hold(make(3, width=width))
+    hold(make(3, width=width, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("q", [(40, 1), (5, 8)])
+@pytest.mark.parametrize("k", [(40, 1), (3, 30)])
+def test_single_tokens_and_long_chunks(q: tuple[int, int], k: tuple[int, int]) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        hold(make(7, q=q, k=k, dtype=dtype, ragged=(False, True)))
+
+
+@pytest.mark.parametrize("q", [(4, 8), (12, 1)])
+def test_omitted_blocks_may_hold_nan(q: tuple[int, int]) -> None:
+    for seed in range(4):
+        case = make(seed, q=q, k=(9, 4), density=0.15)
+        query, key, value = case.inputs
+        assert bool(oracle.unused_keys(case.blocks, key.shape[1]).any()), "the case must omit something"
+        planted = [query, oracle.plant_nan(key, case.blocks), oracle.plant_nan(value, case.blocks)]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap = case.blocks) -> tuple[Tensor, Tensor]:
+            return vsparse.block_sparse_attention(q, k, v, blocks)
+
+        with oracle.poison():
+            clean, found = oracle.run(attend, case.inputs), oracle.run(attend, planted)
+        assert clean.keys() == found.keys()
+        for name, value in found.items():
+            assert torch.equal(value, clean[name]), f"{name} changed"
+
+
+def test_two_runs_are_bit_equal_and_leave_the_generator_alone() -> None:
+    case = make(5, dtype=torch.bfloat16)
+
+    def attend(*x: Tensor) -> tuple[Tensor, Tensor]:
+        return vsparse.block_sparse_attention(*x, case.blocks)
+
+    with oracle.still_generator():
+        first, second = oracle.run(attend, case.inputs), oracle.run(attend, case.inputs)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_strided_inputs() -> None:
+    case = make(6)
+    wide = [torch.cat([x, x], -1).transpose(0, 1).contiguous().transpose(0, 1)[..., :16] for x in case.inputs]
+    assert not any(x.is_contiguous() for x in wide)
+    for mine, theirs in zip(
+        vsparse.block_sparse_attention(*wide, case.blocks),
+        vsparse.block_sparse_attention(*case.inputs, case.blocks),
+        strict=True,
+    ):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("which", ["all", "candidates", "rows", "stale"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mass(which: str, dtype: torch.dtype) -> None:
+    case = make(8, dtype=dtype, ragged=(False, True))
+    q, k, _ = case.inputs
+    sides = case.blocks.q, case.blocks.k
+    lse = vsparse.block_sparse_attention(*case.inputs, BlockMap.full(*sides))[1]
+    options: dict[str, object] = {}
+    if which == "candidates":
+        options["candidates"] = case.blocks
+    if which == "rows":
+        options["rows"] = torch.tensor([0, 3, 5])
+    if which == "stale":
+        lse = lse + torch.randn(lse.shape, generator=torch.Generator().manual_seed(0)) * 0.1
+    oracle.assert_law(
+        lambda q, k: vsparse.block_mass(q, k, lse, *sides, **options),  # type: ignore[arg-type]
+        lambda q, k: reference.block_mass(
+            q, k, lse.to(reference.statistics_dtype(q.dtype)), *sides, scale=case.scale, **options
+        ),  # type: ignore[arg-type]  # noqa: E501
+        (q, k),
+        grads=False,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_pool(dtype: torch.dtype, ragged: bool) -> None:
+    case = make(9, dtype=dtype, ragged=(False, ragged))
+    side = case.blocks.k
+    oracle.assert_law(
+        lambda x: vsparse.block_pool(x, side), lambda x: reference.block_pool(x, side)[0], case.inputs[1:2]
+    )
+    oracle.assert_law(
+        lambda x: vsparse.block_pool(x, side, self_similarity=True)[1],
+        lambda x: reference.block_pool(x, side)[1],
+        case.inputs[1:2],
+        grads=False,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merge_equals_the_unsplit_attention(dtype: torch.dtype) -> None:
+    case = make(10, dtype=dtype, density=0.7)
+    keep = case.blocks.to_mask()
+    left = torch.arange(keep.shape[-1]) % 2 == 0
+    parts = [BlockMap.from_mask(keep & side, case.blocks.q, case.blocks.k) for side in (left, ~left)]
+
+    def split(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        found = [vsparse.block_sparse_attention(q, k, v, blocks) for blocks in parts]
+        return vsparse.merge_attention([out for out, _ in found], [lse for _, lse in found])
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        found = [reference.block_sparse_attention(q, k, v, blocks, scale=case.scale) for blocks in parts]
+        return reference.merge_attention([out for out, _ in found], [lse for _, lse in found])
+
+    oracle.assert_law(split, plain, case.inputs)
+    oracle.assert_identity(
+        split, lambda q, k, v: reference.block_sparse_attention(q, k, v, case.blocks, scale=case.scale), case.inputs
+    )
+
+
+def test_search_is_dense_attention_with_its_mass() -> None:
+    case = make(11, q=(5, 6), k=(5, 6))
+    side, inputs = case.blocks.q, case.inputs[:1] * 3
+    oracle.assert_law(
+        lambda q, k, v: vsparse.search_attention(q, k, v, side)[:2],
+        lambda q, k, v: reference.search_attention(q, k, v, side, scale=case.scale)[:2],
+        inputs,
+    )

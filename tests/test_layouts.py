@@ -1,0 +1,166 @@
+"""Orders and blockings: every token has its slot, comes back, and knows its block."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import strategies
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vsparse import Grid, PartitionLayout, RasterLayout, TileLayout
+from vsparse.geometry import Segment, kept_blocks
+from vsparse.layouts import Layout
+
+
+@st.composite
+def bound(draw: st.DrawFn) -> tuple[Layout, torch.Tensor | None]:
+    grid = draw(strategies.grids())
+    return draw(strategies.layouts(grid)), draw(strategies.text_lengths(grid, 2))
+
+
+@given(case=bound(), seed=strategies.seeds)
+def test_unpack_undoes_pack(case: tuple[Layout, torch.Tensor | None], seed: int) -> None:
+    layout, lengths = case
+    blocking = layout.bind(lengths)
+    x = torch.randn(2, layout.tokens, 3, 2, generator=torch.Generator().manual_seed(seed))
+    packed = blocking.pack(x)
+    assert packed.shape == (2, layout.slots, 3, 2)
+    kept = valid_tokens(layout.grid, lengths)
+    assert torch.equal(blocking.unpack(packed), torch.where(kept[..., None, None], x, 0))
+    assert int((packed != 0).all(-1).all(-1).sum()) == int(kept.sum()), "padding and invalid text must be zero"
+
+
+def valid_tokens(grid: Grid, lengths: torch.Tensor | None) -> torch.Tensor:
+    """``[2, N]`` bool by the definition: a prefix of the text."""
+    kept = torch.ones(2, grid.tokens, dtype=torch.bool)
+    if lengths is not None:
+        first = 0 if grid.text_before else grid.video
+        for sample, amount in enumerate(lengths.tolist()):
+            kept[sample, first + amount : first + grid.text] = False
+    return kept
+
+
+@given(case=bound())
+def test_lengths_count_valid_tokens_and_come_first(case: tuple[Layout, torch.Tensor | None]) -> None:
+    layout, lengths = case
+    blocking = layout.bind(lengths)
+    kept = valid_tokens(layout.grid, lengths)
+    assert torch.equal(blocking.length.sum(-1).expand(2, 1)[:, 0].long(), kept.sum(-1))
+    slot_kept = kept[:, layout.slot_source[0, 0]] & (layout.slot_token[0, 0] >= 0)
+    starts = layout.start if layout.start is not None else torch.arange(layout.blocks)[None, None] * layout.block
+    for sample in range(2):
+        for start, length in zip(
+            starts[0, 0].tolist(), blocking.length.expand(2, 1, -1)[sample, 0].tolist(), strict=True
+        ):
+            assert bool(slot_kept[sample, start : start + length].all())
+
+
+@given(case=bound())
+def test_no_block_straddles_segments(case: tuple[Layout, torch.Tensor | None]) -> None:
+    layout, _ = case
+    segment_of_token = torch.empty(layout.tokens, dtype=torch.int32)
+    for segment, first, stop in layout.grid.segments():
+        segment_of_token[first:stop] = int(segment)
+    assert torch.equal(layout.segment[layout.token_block[0, 0]], segment_of_token)
+    video = layout.segment.view(-1, layout.blocks_per_tile)[:, 0] != int(Segment.TEXT)
+    assert layout.video_tiles == int(video.sum())
+
+
+@given(case=bound(), seed=strategies.seeds)
+def test_expand_gives_each_token_the_value_of_its_block(case: tuple[Layout, torch.Tensor | None], seed: int) -> None:
+    layout, _ = case
+    blocking = layout.bind()
+    pooled = torch.randn(2, layout.blocks, 3, 1, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(blocking.expand(pooled), pooled[:, layout.token_block[0, 0]])
+    tiles = blocking.tiles()
+    assert torch.equal(
+        tiles.length[0, 0], layout.length[0, 0].view(-1, layout.blocks_per_tile).sum(-1, dtype=torch.int32)
+    )
+    by_tile = torch.randn(2, tiles.blocks, 3, 1, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(tiles.expand(by_tile), by_tile[:, layout.tile_of_block[layout.token_block[0, 0]]])
+
+
+@pytest.mark.parametrize("tile", [(4, 4, 4), (2, 4, 8), (1, 8, 8)])
+def test_full_tiles_stand_where_vsa_puts_them(tile: tuple[int, int, int]) -> None:
+    """The closed form of VSA (arXiv 2505.13389): tile index times tile size plus the place in the tile."""
+    grid = Grid(t=8, h=8, w=16)
+    layout = TileLayout(grid, tile=tile)
+    ct, ch, cw = tile
+    nh, nw = grid.h // ch, grid.w // cw
+    for token, slot in enumerate(layout.token_slot[0, 0].tolist()):
+        t, h, w = token // grid.frame, token // grid.w % grid.h, token % grid.w
+        corner = ((t // ct) * nh + h // ch) * nw + w // cw
+        assert slot == corner * math.prod(tile) + ((t % ct) * ch + h % ch) * cw + w % cw
+
+
+def test_published_padding_of_cubes() -> None:
+    slots = {
+        (21, 30, 52): 24 * 32 * 52,
+        (21, 45, 80): 24 * 48 * 80,
+        (33, 45, 80): 36 * 48 * 80,
+    }
+    for (t, h, w), expected in slots.items():
+        assert TileLayout(Grid(t=t, h=h, w=w)).slots == expected
+
+
+def test_raster_without_padding_is_the_host_order() -> None:
+    layout = RasterLayout(Grid(t=2, h=4, w=8), block=16)
+    x = torch.randn(1, 64, 1, 1)
+    assert layout.identity
+    assert layout.bind().pack(x) is x
+
+
+def test_equal_layouts_have_equal_keys() -> None:
+    grid = Grid(t=3, h=4, w=5)
+    assert TileLayout(grid).key == TileLayout(grid, tile=(4, 4, 4), block=64).key
+    keys = [
+        TileLayout(grid).key,
+        TileLayout(grid, block=32).key,
+        RasterLayout(grid).key,
+        RasterLayout(grid, break_at="frame").key,
+    ]
+    assert len({*keys, PartitionLayout(grid, chunk=(1, 2, 2)).key}) == 5
+
+
+def test_layout_made_under_inference_mode_trains() -> None:
+    with torch.inference_mode():
+        layout = TileLayout(Grid(t=2, h=3, w=7), tile=(2, 2, 3), block=5)
+    blocking = layout.bind().tiles()
+    x = torch.randn(1, 42, 1, 2, requires_grad=True)
+    blocking.unpack(blocking.pack(x)).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize(
+    ("build", "word"),
+    [
+        (lambda: Grid(t=0, h=1, w=1), "t must"),
+        (lambda: Grid(t=1, h=1.0, w=1), "h must"),
+        (lambda: Grid(t=2, h=1, w=1, condition_frames=2), "condition_frames"),
+        (lambda: Grid(t=1, h=1, w=1, text_after=-1), "text_after"),
+        (lambda: TileLayout(Grid(t=1, h=1, w=1), tile=(4, 4)), "tile"),
+        (lambda: TileLayout(Grid(t=1, h=1, w=1), tile=(4, 0, 4)), r"tile\[1\]"),
+        (lambda: RasterLayout(Grid(t=1, h=1, w=1), block=0), "block"),
+        (lambda: RasterLayout(Grid(t=1, h=1, w=1), break_at="row"), "break_at"),
+        (lambda: RasterLayout(Grid(t=1, h=1, w=1)).bind(torch.tensor([1])), "text_length"),
+        (lambda: RasterLayout(Grid(t=1, h=1, w=1, text_after=2)).bind(torch.tensor([1.0])), "text_length"),
+        (lambda: RasterLayout(Grid(t=1, h=1, w=1, text_after=2, text_before=1)).bind(torch.tensor([1])), "both sides"),
+        (lambda: RasterLayout(Grid(t=1, h=1, w=2)).bind().pack(torch.zeros(1, 3, 1, 1)), "N=2"),
+        (lambda: kept_blocks(float("nan"), 4), "density"),
+    ],
+)
+def test_refuses_in_words(build: object, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        build()  # type: ignore[operator]
+
+
+@given(density=st.floats(0.001, 1.0), blocks=st.integers(1, 500))
+def test_kept_blocks(density: float, blocks: int) -> None:
+    kept = kept_blocks(density, blocks)
+    assert 1 <= kept <= blocks
+    assert kept >= density * blocks - 1e-6
+    assert kept == 1 or kept - 1 < density * blocks
+    assert kept_blocks(0.1, 80) == 8
