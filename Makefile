@@ -50,7 +50,7 @@ lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/mypy
 
 bench: $(STAMP) ## time block-sparse attention against dense attention on this machine
-	@$(BIN)/python scripts/bench.py
+	@$(BIN)/python scripts/bench_cpu.py
 
 clean: ## remove outputs, builds and caches; keeps .venv
 	@rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

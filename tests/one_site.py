@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -47,15 +48,19 @@ class Driven:
 
     def at(self, density: float, text_length: Tensor | None) -> Call:
         """The call of a density."""
+        blocking, static = self.layout.bind(text_length), self.method.static_map(self.layout, self.site)
         return Call(
             layout=self.layout,
-            blocking=self.layout.bind(text_length),
+            blocking=blocking,
+            static=None if static is None else dc.replace(static, q=blocking, k=blocking),
             text_length=text_length,
             step=torch.tensor(0),
             density=torch.tensor(density, dtype=torch.float64),
         )
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None, *, phase: str = "search") -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None, *, phase: str = "search"
+    ) -> Tensor:
         """One call in a phase, committed afterwards as a root does."""
         module = self.module
         module.phase, module.call, module.hidden = phase, self.call, hidden  # type: ignore[assignment]
@@ -100,7 +105,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Te
 
 
 def law(found: Tensor, hand: Callable[[torch.dtype], Tensor]) -> None:
-    """The numerics law for a float32 result: truth and reference are the same formula by hand, in float64 and float32."""
+    """The numerics law for a float32 result: truth and reference are one formula by hand, in float64 and float32."""
     check("by hand", found.detach(), hand(torch.float32), hand(torch.float64))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import vsparse
 from vsparse.integrations.diffusers.hosts import HOSTS as CLAIMED
 from vsparse.methods import SparseAttention
+from vsparse.patterns import Stride, Window, same_frame
 
 STEPS = 10
 GRIDS = ((3, 9, 11), (5, 7, 13), (6, 10, 14))
@@ -58,7 +59,8 @@ _HOSTS = {
     "cogvideox": HostRow(model="CogVideoXTransformer3DModel"),
 }
 HOSTS = {key: row for key, row in _HOSTS.items() if any(row.model in host.models for host in CLAIMED)}
-METHODS = {
+_RADIAL = vsparse.Schedule(dense_steps=0.24)  # as published, but with its first layer sparse like all others
+_METHODS = {
     "dense": MethodRow(everything={}, sparse={}),
     "vsa": MethodRow(everything={"density": 1.0}, sparse={"density": 0.3, "tile": (2, 4, 4), "block": 16}),
     "adaspa": MethodRow(everything={"density": 1.0, "block": 16}, sparse={"density": 0.3, "block": 16}),
@@ -66,7 +68,24 @@ METHODS = {
         everything={"frames": 2, "patch": (4, 5), "cube": (2, 4, 5), "top_k": (99, 99, 99)},
         sparse={"frames": 1, "patch": (3, 4), "cube": (1, 3, 4), "top_k": (1, 1, 2)},
     ),
+    "sta": MethodRow(
+        everything={"window": (None, 99, 99), "tile": (2, 3, 4), "block": 8},
+        sparse={"window": ((1, 1, 3), (1, 3, 1)), "tile": (1, 2, 2), "block": 4},
+    ),
+    "radial": MethodRow(
+        everything={"decay_factor": 1e6, "adjacent": 1.0, "least": 1, "block": 16, "schedule": _RADIAL},
+        sparse={"adjacent": 0.0, "least": 1, "sink_frames": 0, "block": 4, "schedule": _RADIAL},
+    ),
+    "nabla": MethodRow(
+        everything={"mass": 1.0, "tile": (1, 2, 3), "block": 4},
+        sparse={"mass": 0.3, "window": (1, 1, 1), "tile": (1, 2, 2), "block": 4},
+    ),
+    "pattern": MethodRow(
+        everything={"block": 16},
+        sparse={"pattern": (Window(size=(1, 3, 3)), same_frame & Stride(step=2)), "tile": (1, 2, 2), "block": 4},
+    ),
 }
+METHODS = {key: row for key, row in _METHODS.items() if key in vsparse.list_methods()}
 SPARSE = tuple(key for key, row in METHODS.items() if row.sparse)
 
 both = [(host, method) for host in HOSTS for method in METHODS]
@@ -75,7 +94,8 @@ both = [(host, method) for host in HOSTS for method in METHODS]
 def _thin() -> list[Any]:
     """Every method on Wan, every other host with one method and HunyuanVideo, whose text is padded, with two."""
     turns = itertools.cycle(key for key, row in METHODS.items() if row.sparse)
-    kept = {("wan", method) for method in METHODS} | {(host, next(turns)) for host in [*HOSTS, "hunyuan_video"]}
+    others = [host for host in (*HOSTS, "hunyuan_video") if host != "wan"]
+    kept = {("wan", method) for method in METHODS} | {(host, next(turns)) for host in others}
     return [row if row in kept else pytest.param(*row, marks=pytest.mark.full) for row in both]
 
 
@@ -118,6 +138,15 @@ def forward(model: nn.Module, values: Mapping[str, Any]) -> Tensor:
     """The prediction of one call without gradient."""
     with torch.no_grad():
         return model(**values)[0]
+
+
+def tokens(model: nn.Module, values: Mapping[str, Any]) -> int:
+    """Length of the sequence that the host attends over."""
+    with vsparse.apply(model, "dense") as patch:
+        forward(model, values)
+        call = patch.sites[0].call
+        assert call is not None
+        return call.grid.tokens
 
 
 def cast_inputs(values: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -223,7 +252,11 @@ def footprint(root: nn.Module) -> dict[str, Any]:
         hooks = {table: [(key, id(hook)) for key, hook in getattr(module, table).items()] for table in _HOOKS}
         attributes = {key: id(value) for key, value in module.__dict__.items() if not isinstance(value, dict)}
         children = {key: id(value) for key, value in module._modules.items()}
-        own = {key: (id(x), x._version, x.requires_grad) for key, x in [*module._parameters.items(), *module._buffers.items()] if x is not None}  # fmt: skip
+        own = {
+            key: (id(x), x._version, x.requires_grad)
+            for key, x in [*module._parameters.items(), *module._buffers.items()]
+            if x is not None
+        }
         found[name] = (id(module), type(module), attributes, hooks, children, own)
     return found
 

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import importlib.metadata
 import math
+import re
 import threading
 import weakref
 from collections.abc import Iterator
@@ -48,11 +49,13 @@ def test_a_plan_says_what_apply_does_and_touches_nothing(host: str, method: str)
 def test_a_plan_reads_well() -> None:
     pipe, _ = tiny_pipelines.wan()
     text = str(vsparse.plan(pipe, "adaspa", height=32, width=32, num_frames=5, steps=10, block=16))
-    lines = dict(line.split(None, 1) if not line.startswith(("attention", "new")) else line.rsplit(None, 1) for line in text.splitlines())  # fmt: skip
-    assert lines["grid"].startswith("3 x 8 x 8 = 192 tokens")
-    assert lines["method"].startswith("AdaSpa(density=0.2, block=16")
-    assert "of" in text
-    assert "MiB per branch" in lines["state"]
+    assert re.search(r"^method +AdaSpa\(density=0.2, block=16", text, re.MULTILINE)
+    assert re.search(r"^grid +3 x 8 x 8 = 192 tokens$", text, re.MULTILINE)
+    assert re.search(r"^attention sites +2$", text, re.MULTILINE)
+    assert re.search(
+        r"^attention FLOPs +\d.\d{3}e\+\d\d of \d.\d{3}e\+\d\d dense \(\d\d.\d%\), search \d", text, re.MULTILINE
+    )
+    assert re.search(r"^state +0.0 MiB per branch$", text, re.MULTILINE)
 
 
 def test_predicted_cost_by_hand() -> None:
@@ -113,7 +116,7 @@ def test_a_plan_of_a_step_schedule_needs_the_steps() -> None:
 
 @pytest.mark.parametrize("method", rows.METHODS)
 def test_predicted_state_is_what_is_held(method: str) -> None:
-    pipe, call = tiny_pipelines.wan()
+    pipe, _ = tiny_pipelines.wan()
     options = rows.METHODS[method].sparse
     made = vsparse.plan(pipe, method, height=32, width=32, num_frames=5, steps=rows.STEPS, **options)
     model, inputs = pipe.transformer, rows.build("wan")[1]
@@ -149,7 +152,11 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int, t
 
 def _pairs(maps: tuple[BlockMap, ...], batch: int, heads: int) -> tuple[int, int]:
     """Computed and valid token pairs, counted in the mask of all pairs of slots."""
-    slots = maps[0].k.blocks * maps[0].k.block if maps[0].k.start is None else int((maps[0].k.start + maps[0].k.length).max())
+    slots = (
+        maps[0].k.blocks * maps[0].k.block
+        if maps[0].k.start is None
+        else int((maps[0].k.start + maps[0].k.length).max())
+    )
     masks = [reference._pairs(m, slots, slots).expand(batch, heads, -1, -1) for m in maps]
     union = torch.stack(masks).any(0)
     assert int(sum(int(m.sum()) for m in masks)) == int(union.sum()), "maps that are merged must be disjoint"
@@ -175,7 +182,9 @@ def test_density_is_counted_pairs(host: str, method: str, monkeypatch: pytest.Mo
     dense = calls * len(patch.sites) - len(maps)
     assert stats["calls"].get("dense", 0) == dense
     assert sum(stats["calls"].values()) == calls * len(patch.sites)
-    assert stats["density"] == pytest.approx((done + dense * everything) / (calls * len(patch.sites) * everything), abs=1e-12)
+    assert stats["density"] == pytest.approx(
+        (done + dense * everything) / (calls * len(patch.sites) * everything), abs=1e-12
+    )
     assert stats["sites"].keys() == computed.keys()
     for site, pairs in computed.items():
         assert stats["sites"][site] == pytest.approx(sum(x for x, _ in pairs) / (everything * len(pairs)), abs=1e-12)
@@ -278,7 +287,8 @@ def test_methods_are_frozen_and_equal_by_value(method: str) -> None:
     kind = vsparse.list_methods()[method]
     assert kind.key == method
     assert kind() == kind()
-    assert kind(**rows.METHODS[method].sparse) == kind().replace(**rows.METHODS[method].sparse)
+    fields = {k: v for k, v in rows.METHODS[method].sparse.items() if k != "schedule"}
+    assert kind(**fields) == kind().replace(**fields)
     assert hash(kind()) == hash(kind())
     with pytest.raises(AttributeError):
         kind().density = 0.5  # type: ignore[attr-defined]
@@ -309,7 +319,10 @@ def test_third_parties_register(monkeypatch: pytest.MonkeyPatch) -> None:
     with vsparse.apply(model, "mine") as patch:
         rows.forward(model, values)
         assert patch.stats()["calls"] == {"dense": 2}
-    for point, words in ((_Point("vsa", Mine), "the method key 'vsa' is taken"), (_Point("x", 3), "must name Method classes")):
+    for point, words in (
+        (_Point("vsa", Mine), "the method key 'vsa' is taken"),
+        (_Point("x", 3), "must name Method classes"),
+    ):
         monkeypatch.setattr(importlib.metadata, "entry_points", lambda group, point=point: [point])
         with pytest.raises(RuntimeError, match=words):
             vsparse.list_methods()
@@ -375,7 +388,9 @@ def test_apply_in_a_thread_and_run_in_another() -> None:
 def test_grids_of_all_sizes_are_predicted_as_they_run() -> None:
     pipe, call = tiny_pipelines.wan()
     seen = []
-    pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["hidden_states"].shape), with_kwargs=True)
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["hidden_states"].shape), with_kwargs=True
+    )
     for height, width, frames in ((32, 32, 5), (48, 16, 9), (16, 48, 1)):
         made = vsparse.plan(pipe, "vsa", height=height, width=width, num_frames=frames)
         tiny_pipelines.run((pipe, call), height=height, width=width, num_frames=frames, num_inference_steps=1)

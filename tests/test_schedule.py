@@ -29,12 +29,14 @@ def test_adaspa_searches_where_the_paper_does() -> None:
     assert phases(ADASPA, 50) == ["dense"] * 9 + ["search"] + ["reuse"] * 19 + ["refresh"] + ["reuse"] * 20
 
 
-@pytest.mark.parametrize(
-    ("steps", "expected"),
-    [(1, ["search"]), (2, ["search", "refresh"]), (3, ["search", "refresh", "reuse"]), (5, ["search", "reuse", "refresh", "reuse", "reuse"])],
-)  # fmt: skip
-def test_short_runs_still_search(steps: int, expected: list[str]) -> None:
-    assert phases(ADASPA, steps) == expected
+@pytest.mark.parametrize(("steps", "reuses"), [(1, None), (2, ()), (3, (2,)), (5, (1, 3, 4))])
+def test_short_runs_still_search(steps: int, reuses: tuple[int, ...] | None) -> None:
+    found = phases(ADASPA, steps)
+    if reuses is None:
+        assert found == ["search"]
+    else:
+        assert [step for step in range(steps) if found[step] == "reuse"] == list(reuses)
+        assert [phase for phase in found if phase != "reuse"] == ["search", "refresh"]
 
 
 @given(share=st.fractions(0, 1, max_denominator=100), steps=st.integers(1, 100))
@@ -63,7 +65,9 @@ def test_a_refreshed_run_that_starts_over_searches_exactly() -> None:
 
 def test_layers() -> None:
     first, some = Schedule(dense_layers=2), Schedule(dense_layers=(0, 3))
-    assert [first.phase(step=None, steps=None, layer=i, filled=False) for i in range(4)] == ["dense"] * 2 + ["search"] * 2
+    assert [first.phase(step=None, steps=None, layer=i, filled=False) for i in range(4)] == ["dense"] * 2 + [
+        "search"
+    ] * 2
     assert [some.dense_layer(i) for i in range(5)] == [True, False, False, True, False]
     assert phases(Schedule(dense_layers=1, search_at=(0.2,)), 5) == ["dense"] * 5
     assert phases(Schedule(dense_steps=1.0), 3) == ["dense"] * 3

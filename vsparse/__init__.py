@@ -31,7 +31,7 @@ _HOMES = {
     "merge_attention": "vsparse.ops",
     "unsupported": "vsparse.ops",
 }
-_MODULES = ("select",)
+_MODULES = ("patterns", "select")
 
 __all__ = [*_HOMES, *_MODULES, "__version__"]
 

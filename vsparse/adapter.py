@@ -56,7 +56,7 @@ def save(
     config = {
         "format": _FORMAT,
         "method": method.key,
-        "options": dc.asdict(method),
+        "options": method.options(),
         "schedule": {k: v for k, v in dc.asdict(schedule).items() if k != "ramp"},
         "hosts": list(hosts),
     }
@@ -159,7 +159,7 @@ def assign(stored: Stored, parameters: Mapping[str, Tensor], method: Method, roo
         if tensors[name].shape != parameters[name].shape
     ]
     values = [
-        f"{name} is {x.dtype}, not floating" if not x.is_floating_point() else f"{name} holds values that are not finite"
+        f"{name} holds values that are not finite" if x.is_floating_point() else f"{name} is {x.dtype}, not floating"
         for name, x in sorted(tensors.items())
         if not x.is_floating_point() or not bool(x.isfinite().all())
     ]

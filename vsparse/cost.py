@@ -42,7 +42,7 @@ def attention_cost(
     rounds = 1 if steps is None else steps
     for site, layout in sites:
         unit = 4.0 * batch * site.heads * site.head_dim
-        density = method.predicted_density(layout)
+        density = method.predicted_density(layout, site)
         for step in range(rounds):
             known = None if steps is None else step
             phase = schedule.phase(step=known, steps=steps, layer=site.layer, filled=step > 0)

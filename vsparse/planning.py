@@ -114,7 +114,7 @@ def plan(
     return dc.replace(
         made,
         grid=grid,
-        density=sum(method.predicted_density(layout) for _, layout in sites) / len(sites),
+        density=sum(method.predicted_density(layout, site) for site, layout in sites) / len(sites),
         cost=attention_cost(method, schedule, sites, steps=steps, batch=batch),
         state_bytes=sum(_state_bytes(method, layout, site, batch) for site, layout in sites),
     )

@@ -162,6 +162,7 @@ class Runtime:
         self.pairs: dict[str, Tensor] = {}
         self.dense_pairs: Tensor | float = 0.0
         self._layouts: dict[tuple[Grid, int, torch.device], Layout] = {}
+        self._maps: dict[tuple[object, torch.device, int], tuple[object, BlockMap | None]] = {}
         self._reasons: dict[tuple[object, ...], list[str]] = {}
         self._longest: list[tuple[tuple[weakref.ref[Tensor], ...], tuple[int, ...], int]] = []
         self._owner: threading.Thread | None = None
@@ -223,11 +224,14 @@ class Runtime:
         bound = []
         for site in self.sites:
             layout = self._layout(reading.grid, site, reading.device)
-            call = calls.get(layout.key)
+            static = self._static(layout, site)
+            call = calls.get((layout.key, static))
             if call is None:
-                call = calls[layout.key] = Call(
+                blocking = layout.bind(reading.text_length)
+                call = calls[layout.key, static] = Call(
                     layout=layout,
-                    blocking=layout.bind(reading.text_length),
+                    blocking=blocking,
+                    static=None if static is None else dc.replace(static, q=blocking, k=blocking),
                     text_length=reading.text_length,
                     step=step,
                     density=density,
@@ -246,6 +250,7 @@ class Runtime:
             self.reset()
             if len(self._layouts) > _LAYOUTS * len(self.sites):
                 self._layouts.clear()
+                self._maps.clear()
             self._form = (reading.grid, reading.batch)
         branch = where.branch or "default"
         key, last, repeats = self._seen or (None, None, {})
@@ -300,6 +305,15 @@ class Runtime:
             same = (x for k, x in self._layouts.items() if k[2] == device and x.key == layout.key)
             self._layouts[key] = next(same, None) or layout.to(device)
         return self._layouts[key]
+
+    def _static(self, layout: Layout, site: SparseAttention) -> BlockMap | None:
+        """The static map of a site on its layout's device; sites with equal patterns share one object."""
+        key = (layout.key, layout.length.device, site.site.layer)
+        if key not in self._maps:
+            pattern = self.method.static_pattern(site.site)
+            same = (found for k, found in self._maps.items() if k[:2] == key[:2] and found[0] == pattern)
+            self._maps[key] = next(same, None) or (pattern, self.method.static_map(layout, site.site))
+        return self._maps[key][1]
 
     def _unsupported(self, sites: list[SparseAttention], reading: Reading, module: nn.Module) -> list[str]:
         """Why the kernel cannot run these sites, asked once for each layout and dtype."""

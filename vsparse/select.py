@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses as dc
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vsparse.blocks import BlockMap
+from vsparse.geometry import kept_blocks
 from vsparse.layouts import Blocking
 
 __all__ = ["Budget", "budget", "expand_tiles", "forced_text", "head_global", "threshold", "top_k", "top_p"]
 
-Budget = Literal["exempt", "compete"]
+Budget = Literal["exempt", "compete", "join"]
 
 
 def budget(density: Tensor | float, blocks: int) -> Tensor:
@@ -50,19 +53,20 @@ def top_k(
         q, k: Blockings; key blocks of length 0 are never chosen.
         count: Blocks to keep, an int or an int tensor that broadcasts against ``[B, H, Q]``.
         forced: ``[B|1, H|1, Q, K]`` bool, always kept.
-        forced_budget: "exempt": on top of ``count``; "compete": they use up ``count`` first.
+        forced_budget: "exempt": on top of ``count``, which the others share; "compete": they use up ``count`` first;
+            "join": the choice is made as if nothing were forced, then they are added.
         capacity: M of the map; the caller vouches for it. None: K.
 
     Returns:
         The map. With fewer than ``count`` candidates a row keeps what there is.
     """
     k = q if k is None else k
-    ranked, exempt = _with_forced(scores, k, forced, forced_budget)
+    ranked = _ranked(scores, k, forced, forced_budget)
     place = ranked.argsort(dim=-1, descending=True, stable=True)
-    limit = torch.as_tensor(count, device=scores.device)
-    chosen = torch.arange(k.blocks, device=scores.device) < limit[..., None]
+    limit = count[..., None] if isinstance(count, Tensor) else count
+    chosen = torch.arange(k.blocks, device=scores.device) < limit
     keep = torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, place, chosen.expand_as(place))
-    return _finish(keep & (ranked > -torch.inf), exempt, q, k, capacity)
+    return _finish(keep & (ranked > -torch.inf), forced, q, k, capacity)
 
 
 def top_p(
@@ -81,23 +85,28 @@ def top_p(
 
     Args:
         scores: ``[B|1, H|1, Q, K]``, non-negative (a softmax, or an exact mass).
-        mass: Share of the row total in (0, 1], a float or a tensor that broadcasts against ``[B, H, Q]``.
+        mass: Share of the row total in (0, 1], a float or a tensor that broadcasts against ``[B, H, Q]``. 1 keeps every
+            key block that is not empty, however small its score.
         include_crossing: True: keep the block with which the sum reaches ``mass`` (NABLA, SVG2, XAttention); False:
             stop before it (SpargeAttn).
         least: Blocks kept in any case.
-        forced, forced_budget, capacity: As in `top_k`.
+        forced, capacity: As in `top_k`.
+        forced_budget: "exempt": the total is that of the other blocks; "compete": forced blocks are the first to fill
+            ``mass``; "join": as in `top_k`.
     """
     k = q if k is None else k
     _fraction("mass", mass)
-    ranked, exempt = _with_forced(scores, k, forced, forced_budget)
-    value, place = ranked.sort(dim=-1, descending=True, stable=True)
-    value = torch.where(value.isfinite(), value, 0).double()
-    reached = value.cumsum(-1)
-    goal = (torch.as_tensor(mass, device=scores.device, dtype=torch.float64) * reached[..., -1])[..., None]
-    chosen = reached - value < goal if include_crossing else reached <= goal
-    chosen = chosen | (torch.arange(k.blocks, device=scores.device) < least)
-    keep = torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, place, chosen)
-    return _finish((keep | (ranked == torch.inf)) & (ranked > -torch.inf), exempt, q, k, capacity)
+    ranked = _ranked(scores, k, forced, forced_budget)
+    weight = torch.where((ranked > -torch.inf) & (k.length > 0)[:, :, None], scores, 0)
+    place = ranked.argsort(dim=-1, descending=True, stable=True)
+    reached = weight.gather(-1, place).cumsum(-1, dtype=torch.float64)
+    before = F.pad(reached[..., :-1], (1, 0))
+    share = mass.double()[..., None] if isinstance(mass, Tensor) else mass
+    goal = share * reached[..., -1:]
+    chosen = before < goal if include_crossing else reached <= goal
+    chosen = chosen | (torch.arange(k.blocks, device=scores.device) < least) | (share >= 1.0)
+    keep = torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, place, chosen.expand_as(place))
+    return _finish(keep & (ranked > -torch.inf), forced, q, k, capacity)
 
 
 def threshold(
@@ -112,12 +121,12 @@ def threshold(
 ) -> BlockMap:
     """Keep key blocks whose score is at least ``value`` (broadcasts against ``[B, H, Q]``), and the ``least`` best."""
     k = q if k is None else k
-    ranked, exempt = _with_forced(scores, k, forced, "exempt")
+    ranked = _ranked(scores, k, forced, "exempt")
     place = ranked.argsort(dim=-1, descending=True, stable=True)
     first = (torch.arange(k.blocks, device=scores.device) < least).expand_as(place)
     keep = torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, place, first)
-    keep = keep | (ranked >= torch.as_tensor(value, device=scores.device)[..., None])
-    return _finish(keep & (ranked > -torch.inf), exempt, q, k, capacity)
+    keep = keep | (ranked >= (value[..., None] if isinstance(value, Tensor) else value))
+    return _finish(keep & (ranked > -torch.inf), forced, q, k, capacity)
 
 
 def head_global(
@@ -138,14 +147,16 @@ def head_global(
         forced: As in `top_k`, exempt from the budget.
     """
     k = q if k is None else k
-    if isinstance(density, float):
-        _fraction("density", density)
-    ranked, exempt = _with_forced(scores, k, forced, "exempt")
+    _fraction("density", density)
+    ranked = _ranked(scores, k, forced, "exempt")
     flat = ranked.flatten(-2)
+    pairs = flat.shape[-1]
     place = flat.argsort(dim=-1, descending=True, stable=True)
-    chosen = torch.arange(flat.shape[-1], device=scores.device) < budget(density, flat.shape[-1])[..., None]
-    keep = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, place, chosen.expand_as(place)).view_as(ranked)
-    return _finish((keep | top_k(scores, q, k, count=least).to_mask()) & (ranked > -torch.inf), exempt, q, k, None)
+    limit = budget(density, pairs)[..., None] if isinstance(density, Tensor) else kept_blocks(density, pairs)
+    chosen = (torch.arange(pairs, device=scores.device) < limit).expand_as(place)
+    keep = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, place, chosen).view_as(ranked)
+    best = top_k(scores, q, k, count=least).to_mask()
+    return _finish((keep | best) & (ranked > -torch.inf), forced, q, k, None)
 
 
 def expand_tiles(tiles: BlockMap, blocking: Blocking) -> BlockMap:
@@ -154,7 +165,10 @@ def expand_tiles(tiles: BlockMap, blocking: Blocking) -> BlockMap:
     if per_tile == 1:
         return BlockMap(tiles.index, tiles.count, blocking, blocking, tiles.key_bias)
     keep = tiles.to_mask().repeat_interleave(per_tile, -1).repeat_interleave(per_tile, -2)
-    return BlockMap.from_mask(keep, blocking, capacity=tiles.capacity * per_tile)
+    blocks = BlockMap.from_mask(keep, blocking, capacity=tiles.capacity * per_tile)
+    if tiles.key_bias is None:
+        return blocks
+    return dc.replace(blocks, key_bias=tiles.key_bias.repeat_interleave(per_tile, -1))
 
 
 def _fraction(name: str, value: Tensor | float) -> None:
@@ -162,16 +176,14 @@ def _fraction(name: str, value: Tensor | float) -> None:
         raise ValueError(f"{name} must lie in (0, 1], got {value!r}")
 
 
-def _with_forced(scores: Tensor, k: Blocking, forced: Tensor | None, mode: Budget) -> tuple[Tensor, Tensor | None]:
+def _ranked(scores: Tensor, k: Blocking, forced: Tensor | None, mode: Budget) -> Tensor:
     """Scores with empty key blocks at -inf and forced ones out of the race (-inf) or in front of it (+inf)."""
-    if mode not in ("exempt", "compete"):
-        raise ValueError(f'forced_budget must be "exempt" or "compete", got {mode!r}')
+    if mode not in get_args(Budget):
+        raise ValueError(f'forced_budget must be "exempt", "compete" or "join", got {mode!r}')
     ranked = torch.where((k.length > 0)[:, :, None], scores, -torch.inf)
-    if forced is None:
-        return ranked, None
-    if mode == "compete":
-        return torch.where(forced, torch.inf, ranked), forced
-    return torch.where(forced, -torch.inf, ranked), forced
+    if forced is None or mode == "join":
+        return ranked
+    return torch.where(forced, torch.inf if mode == "compete" else -torch.inf, ranked)
 
 
 def _finish(keep: Tensor, forced: Tensor | None, q: Blocking, k: Blocking, capacity: int | None) -> BlockMap:

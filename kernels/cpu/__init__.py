@@ -19,10 +19,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _unsupported(*args: Any, skip_threshold: float | None = None, **options: Any) -> list[str]:
-    found = []
-    tensors = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,)) if isinstance(x, Tensor)]
-    for dtype in sorted({x.dtype for x in tensors} - set(_DTYPES), key=str):
-        found.append(f"{dtype} is not among {', '.join(map(str, _DTYPES))}")
+    tensors = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else (arg,)) if isinstance(x, Tensor)]
+    strange = sorted({x.dtype for x in tensors} - set(_DTYPES), key=str)
+    found = [f"{dtype} is not among {', '.join(map(str, _DTYPES))}" for dtype in strange]
     if skip_threshold is not None:
         found.append(f"{skip_threshold=}: skipping blocks saves nothing in one call over gathered keys; pass None")
     return found

@@ -63,25 +63,37 @@ def block_sparse_attention_backward(
     """Implements `vsparse.reference.block_sparse_attention_backward`."""
     wide = statistics_dtype(q.dtype)
     plan = Plan(blocks, q, k, wide)
-    grads = tuple(torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
-    rows = (flat(q), flat(k), flat(v))
+    grads = (
+        torch.zeros(q.shape, dtype=q.dtype),
+        torch.zeros(k.shape, dtype=k.dtype),
+        torch.zeros(v.shape, dtype=v.dtype),
+    )
+    rows, flat_grad_q = (flat(q), flat(k), flat(v)), flat(grads[0])
     saved = (flat(grad_out), None if grad_lse is None else flat(grad_lse), flat(out), flat(lse))
-    listed = plan.listed_columns if plan.key_major else plan.listed_rows
+    key_major = plan.key_major
+    listed = plan.listed_columns if key_major else plan.listed_rows
     # Long runs of queries are twice as fast in bfloat16, and the rounding is then that of dense attention.
     long = q.dtype if q.dtype == torch.bfloat16 and grad_lse is None else wide
     for lanes in plan.groups():
-        sums = [_Sum(grad, lanes, wide) for grad in grads]
+        keys, values = _Sum(grads[1], lanes, wide), _Sum(grads[2], lanes, wide)
+        queries = _Sum(grads[0], lanes, wide) if key_major else None
         for chunks, dtype in ((listed(lanes), wide), (plan.full_rows(lanes), long)):
             for chunk in chunks:
-                parts = _attend_backward(chunk, rows, saved, scale, dtype)
-                for total, to, part in zip(sums, (chunk.q, chunk.k, chunk.k), parts, strict=True):
-                    total.add(to, part)
-        for total in sums:
+                dq, dk, dv = _attend_backward(chunk, rows, saved, scale, dtype)
+                keys.add(chunk.k, dk)
+                values.add(chunk.k, dv)
+                if queries is None:
+                    chunk.q.put(flat_grad_q, dq)
+                else:
+                    queries.add(chunk.q, dq)
+        for total in (keys, values) if queries is None else (keys, values, queries):
             total.close()
     return grads
 
 
-def _attend(chunk: Chunk, rows: tuple[Tensor, Tensor, Tensor], scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _attend(
+    chunk: Chunk, rows: tuple[Tensor, Tensor, Tensor], scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """``out [n, A, D]`` and ``lse [n, A]`` of a chunk."""
     q, k, v = (to.take(x, dtype).unsqueeze(1) for to, x in zip((chunk.q, chunk.k, chunk.k), rows, strict=True))
     out, lse = _flash(q, k, v, attn_mask=_mask(chunk), scale=scale)
@@ -101,22 +113,28 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dq [n, A, D]``, ``dk`` and ``dv [n, L, D]`` of a chunk."""
     q, k, v = (to.take(x, dtype) for to, x in zip((chunk.q, chunk.k, chunk.k), rows, strict=True))
-    grad_out, grad_lse, out, lse = (None if x is None else chunk.q.take(x, x.dtype) for x in saved)
-    assert grad_out is not None and out is not None and lse is not None
+    all_grad_out, all_grad_lse, all_out, all_lse = saved
+    grad_out, out, lse = (
+        chunk.q.take(all_grad_out, dtype),
+        chunk.q.take(all_out, dtype),
+        chunk.q.take(all_lse, all_lse.dtype),
+    )
     idle = lse == -torch.inf
     if chunk.q.valid is not None:
         idle = idle | ~chunk.q.valid
-    grad_out, out = grad_out.to(dtype).masked_fill(idle[..., None], 0), out.to(dtype)
+    grad_out = grad_out.masked_fill(idle[..., None], 0)
     # Huge, not 0: the probabilities of an idle row must vanish however large its logits are.
     lse = lse.masked_fill(idle, torch.finfo(lse.dtype).max)
-    if grad_lse is not None:
+    if all_grad_lse is not None:
+        grad_lse = chunk.q.take(all_grad_lse, dtype).masked_fill(idle, 0)
         # dS = P (dP - sum(out dOut) + dLSE): one more column, 1 in out and -dLSE in dOut, and none in q, k, v.
         q, k, v, out, grad_out = (torch.nn.functional.pad(x, (0, _SPARE)) for x in (q, k, v, out, grad_out))
         out[..., -1] = 1
-        grad_out[..., -1] = -grad_lse.masked_fill(idle, 0)
+        grad_out[..., -1] = -grad_lse
     heads = (x.unsqueeze(1) for x in (grad_out, q, k, v, out, lse))
     grads = _flash_backward(*heads, 0.0, False, attn_mask=_mask(chunk), scale=scale)
-    return tuple(x.squeeze(1)[..., : rows[0].shape[-1]] for x in grads)  # type: ignore[return-value]
+    dq, dk, dv = (x.squeeze(1)[..., : rows[0].shape[-1]] for x in grads)
+    return dq, dk, dv
 
 
 def _mask(chunk: Chunk) -> Tensor | None:
@@ -154,7 +172,8 @@ class _Sum:
         flat_lse[row] = new
 
     def close(self) -> None:
-        """Round the sums into the target."""
+        """Round the sums into the target and let the buffer go."""
         if self.beside:
             batch, head = self.lanes // self.heads, self.lanes % self.heads
             self.target.transpose(1, 2)[batch, head] = self.rows.unflatten(0, (-1, self.slots)).to(self.target.dtype)
+        self.rows = self.target

@@ -10,9 +10,12 @@ from vsparse.layouts import Blocking
 from vsparse.reference import statistics_dtype
 
 from .attention import block_sparse_attention
-from .rows import CHUNK, Chunk, Plan, Tokens, flat
+from .rows import Chunk, Plan, Tokens, flat
 
 __all__ = ["block_mass", "search_attention"]
+
+# Elements of the weights that are held at once, unless 32 queries need more.
+TILE = 1 << 20
 
 
 def block_mass(
@@ -44,7 +47,9 @@ def block_mass(
     return mass
 
 
-def search_attention(q: Tensor, k: Tensor, v: Tensor, blocking: Blocking, *, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def search_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocking: Blocking, *, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Implements `vsparse.reference.search_attention`."""
     out, lse = block_sparse_attention(q, k, v, BlockMap.full(blocking), scale=scale)
     return out, lse, block_mass(q, k, lse, blocking, blocking, scale=scale)
@@ -56,7 +61,7 @@ def _full_mass(chunk: Chunk, sources: tuple[Tensor, Tensor, Tensor], scale: floa
     keys = chunk.k.take(sources[1], mass.dtype)
     column = (_label(chunk.k) + torch.arange(lanes)[:, None] * key_blocks).flatten()
     target = chunk.target[:, None] * query_blocks + _label(chunk.q)
-    step = max(32, 4 * CHUNK // chunk.k.row.numel())
+    step = max(32, TILE // chunk.k.row.numel())
     for begin in range(0, target.shape[1], step):
         part = slice(begin, begin + step)
         valid = None if chunk.q.valid is None else chunk.q.valid[:, part]

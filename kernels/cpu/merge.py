@@ -38,7 +38,5 @@ def merge_attention_backward(
     wide, total = grad_out.to(lse.dtype), _combine(weights, outs)
     through = 0 if grad_lse is None else torch.where(lse == -torch.inf, 0, grad_lse)
     d_outs = [(weight[..., None] * wide).to(outs[0].dtype) for weight in weights]
-    d_lses = [
-        weight * ((wide * (out - total)).sum(-1) + through) for weight, out in zip(weights, outs, strict=True)
-    ]
+    d_lses = [weight * ((wide * (out - total)).sum(-1) + through) for weight, out in zip(weights, outs, strict=True)]
     return [x.contiguous() for x in d_outs], [x.contiguous() for x in d_lses]

@@ -17,10 +17,12 @@ from vsparse.layouts import Blocking
 
 __all__ = ["Chunk", "Lanes", "Plan", "Tokens", "flat", "lane_groups", "tokens"]
 
-# Elements of one gathered tensor in a chunk, and of one lane group. A chunk of K and V in float32 is then 1 MiB each,
-# which stays in the second-level caches; a lane group is what one pass keeps warm, and what accumulators may take.
+# Elements of one gathered tensor in a chunk, elements of one lane in a group of lanes, and queries of a key-major set.
+# Two gathered float32 tensors of a chunk then take 2 MiB, which the second-level caches of two cores hold; a group is
+# what one pass keeps warm, and what its accumulators take.
 CHUNK = 1 << 18
 GROUP = 1 << 19
+PART = 512
 
 
 def flat(x: Tensor) -> Tensor:
@@ -43,7 +45,8 @@ class Tokens:
 
     def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of ``x [B * S * H, ...]`` as ``[n, L, ...]`` in ``dtype``."""
-        return x.index_select(0, self.row.flatten()).to(dtype).unflatten(0, self.row.shape)
+        taken = x.index_select(0, self.row.flatten()).to(dtype)
+        return taken.view(*self.row.shape, *x.shape[1:])
 
     def put(self, x: Tensor, value: Tensor) -> None:
         """Write ``value [n, L, ...]`` to the rows of ``x``, padding left out."""
@@ -183,7 +186,7 @@ class Plan:
     def key_major(self) -> bool:
         """Whether query blocks are so short that gathering keys for each of them would cost more than attending."""
         queries, keys = int(self.q.length.max()), int(self.k.length.max())
-        return queries < 16 and 4 * queries <= keys
+        return queries < 32 and 8 * queries <= keys
 
     def groups(self) -> Iterator[Tensor]:
         """Lanes in runs that one pass keeps warm; full rows need one lane per thread, listed rows do not."""
@@ -215,7 +218,7 @@ class Plan:
         length = torch.where(used, self.k.length[lanes][:, None].expand(-1, count.shape[1], -1).gather(2, index), 0)
         count, index, length = count.flatten(), index.flatten(0, 1), length.flatten(0, 1)
         size, rows = length.sum(1), self.q.size.shape[1]
-        # Flash attention on CPU works on 32 queries at a time: fewer cost as much, so like numbers of tiles go together.
+        # Flash attention on CPU works on tiles of 32 queries: lists with as many tiles go together.
         order = _by_size((self.q.size[lanes].flatten() + 31) // 32, size)
         for part in _cut(order, size[order], self.width):
             lane, block, entries = lanes[part // rows], part % rows, int(count[part].max())
@@ -227,9 +230,9 @@ class Plan:
         count, index, used = self._lists(lanes)
         blocks = self.k.size.shape[1]
         keep = torch.zeros(*count.shape, blocks + 1, dtype=torch.bool)
-        keep.scatter_(2, torch.where(used, index, blocks), True)
+        keep = keep.scatter_(2, torch.where(used, index, blocks), True).transpose(1, 2).contiguous()
         for block in range(blocks):
-            rows = keep[..., block] & (self.q.size[lanes] > 0)
+            rows = keep[:, block] & (self.q.size[lanes] > 0)
             busy = (rows.any(1) & (self.k.size[lanes, block] > 0)).nonzero().squeeze(1)
             if not len(busy):
                 continue
@@ -263,7 +266,7 @@ def _cut(order: Tensor, size: Tensor, width: int) -> Iterator[Tensor]:
 
 def _in_parts(q: Tokens) -> Tokens:
     """Split the lists of a few lanes so that every thread has some; keys are gathered once more for each part."""
-    parts = -(-q.row.shape[1] // 512)
+    parts = -(-q.row.shape[1] // PART)
     if parts == 1:
         return q
     width = -(-q.row.shape[1] // parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -62,21 +63,19 @@ def prompts(host: str, inputs: Any, grid: Any = rows.SMALL) -> list[dict[str, An
     return [inputs(1, grid, n, seed=seed) for seed, n in enumerate(chosen)]
 
 
-@pytest.fixture(scope="module")
-def stock_graphs() -> dict[str, int]:
-    """Graphs of the unpatched hosts, over all prompts."""
-    found = {}
-    for host in rows.HOSTS:
-        model, inputs = build(host)
-        count = compiled(model, Counted())
-        for values in prompts(host, inputs):
-            rows.forward(model, values)
-        found[host] = count.graphs
-    return found
+@functools.cache
+def stock_graphs(host: str) -> int:
+    """Graphs of an unpatched host, over all prompts."""
+    model, inputs = build(host)
+    count = compiled(model, Counted())
+    for values in prompts(host, inputs):
+        rows.forward(model, values)
+    return count.graphs
 
 
 @pytest.mark.parametrize(("host", "method"), rows.thin)
-def test_graphs_are_bounded_and_nothing_recompiles(host: str, method: str, stock_graphs: dict[str, int]) -> None:
+def test_graphs_are_bounded_and_nothing_recompiles(host: str, method: str) -> None:
+    stock = stock_graphs(host)
     model, inputs = build(host)
     known = prompts(host, inputs)
     patch = rows.randomise(vsparse.apply(model, method, **rows.METHODS[method].sparse))
@@ -85,7 +84,7 @@ def test_graphs_are_bounded_and_nothing_recompiles(host: str, method: str, stock
     assert all(map(torch.equal, rows.tour(patch, model, known[0]), wanted[0]))
     layouts = len({site.call.layout.key for site in patch.sites if site.call is not None})
     graphs = count.graphs
-    assert 0 < graphs <= stock_graphs[host] * len(rows.phases(method)) * layouts
+    assert 0 < graphs <= stock * len(rows.phases(method)) * layouts
     for values in known[1:]:
         last = rows.tour(patch, model, values)
     assert count.graphs == graphs, "another prompt recompiles"
@@ -111,7 +110,7 @@ def test_densities_share_the_graphs(host: str) -> None:
     assert len(set(graphs)) == 1
 
 
-@pytest.mark.parametrize("method", ["dense", "vsa", "adaspa"])
+@pytest.mark.parametrize("method", ["dense", "vsa", pytest.param("adaspa", marks=pytest.mark.full)])
 def test_a_second_resolution_adds_its_graphs_once(method: str) -> None:
     model, inputs = build("wan")
     first, second = rows.prompt("wan", inputs), rows.prompt("wan", inputs, (3, 5, 4))
@@ -126,7 +125,7 @@ def test_a_second_resolution_adds_its_graphs_once(method: str) -> None:
         assert all(map(torch.equal, last, wanted))
 
 
-@pytest.mark.parametrize("method", ["dense", "vsa", "adaspa"])
+@pytest.mark.parametrize("method", ["vsa", pytest.param("adaspa", marks=pytest.mark.full)])
 def test_remove_gives_back_compiled_blocks_that_run_stock(method: str) -> None:
     model, inputs = build("wan")
     values = rows.prompt("wan", inputs)
@@ -140,7 +139,7 @@ def test_remove_gives_back_compiled_blocks_that_run_stock(method: str) -> None:
 @pytest.mark.slow
 def test_inductor_with_checkpointing_trains_like_eager() -> None:
     """The real compiler: our fakes have the real strides, and recomputation under it finds its call again."""
-    model, inputs = rows.build("wan", layers=2)
+    model, inputs = rows.build("wan", layers=1)
     values = rows.prompt("wan", inputs, batch=2)
     model.train()
     with rows.randomise(vsparse.apply(model, "vsa", **rows.METHODS["vsa"].sparse)):
@@ -149,7 +148,13 @@ def test_inductor_with_checkpointing_trains_like_eager() -> None:
         eager = _trained(model.float(), values)
         compiled(model, "inductor")
         found = _trained(model, values)
-    law(found, eager, exact)
+
+    def error(run: dict[str, torch.Tensor]) -> float:
+        """Of all gradients as one vector, each in units of its largest number: some alone are little but rounding."""
+        assert run.keys() == exact.keys()
+        return float(torch.stack([((run[k] - x) / x.abs().max()).double().norm() for k, x in exact.items()]).norm())
+
+    assert error(found) <= 2 * error(eager)
 
 
 def _trained(model: nn.Module, values: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -169,9 +174,9 @@ def test_the_graphs_are_the_compilers() -> None:
 # ---- reads -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("host", "method"), rows.both)
+@pytest.mark.parametrize(("host", "method"), rows.thin)
 def test_nothing_is_read_on_the_host(host: str, method: str) -> None:
-    """Under FakeTensor there are no values: an ``.item()``, a ``nonzero`` or a Python branch on a tensor would raise."""
+    """Under FakeTensor there are no values: an ``.item()``, a ``nonzero`` or a branch on a tensor would raise."""
     model, inputs = rows.build(host)
     values = rows.prompt(host, inputs, batch=2)
     mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import re
 import threading
 import warnings
 from collections.abc import Callable
@@ -10,13 +12,14 @@ from typing import Any
 
 import pytest
 import rows
-import tiny
 import torch
 from torch import nn
 
 import vsparse
 from vsparse import backend
+from vsparse.integrations import diffusers as adapter
 from vsparse.integrations.diffusers import processors
+from vsparse.integrations.diffusers.hosts import HOSTS
 
 HOST_METHOD = pytest.mark.parametrize(("host", "method"), rows.both)
 METHOD = pytest.mark.parametrize("method", rows.METHODS)
@@ -147,7 +150,7 @@ REFUSED: list[tuple[Callable[[nn.Module], object], Any, dict[str, Any], type[Exc
     ),
     (lambda _: nn.Linear(2, 2), "vsa", {}, ValueError, "cannot patch torch.nn.*Linear.*Known models: WanTransformer3D"),
     (lambda _: None, "vsa", {}, ValueError, "cannot patch builtins.NoneType.*Known models: WanTransformer3D"),
-    (_foreign_processor, "vsa", {}, NotImplementedError, "blocks.1.attn1: processor .*_OtherProcessor is not known; known: Wan"),
+    (_foreign_processor, "vsa", {}, NotImplementedError, "blocks.1.attn1: processor .*_OtherProcessor is not known"),
     (_foreign_child, "vsa", {}, NotImplementedError, "blocks.1.attn1: the module already has a child named 'vsparse'"),
     (_parallel, "vsa", {}, NotImplementedError, "blocks.1.attn1: context parallelism is enabled"),
 ]  # fmt: skip
@@ -162,15 +165,13 @@ def test_refuses_in_words(
     mark = rows.footprint(model)
     with pytest.raises(error, match=f"(?s){words}"):
         vsparse.apply(chosen, method, **options)
-    with pytest.raises(error, match=f"(?s){words}") if error is ValueError else _nothing():
-        vsparse.plan(chosen, method, **options)
+    if error is ValueError:
+        with pytest.raises(error, match=f"(?s){words}"):
+            vsparse.plan(chosen, method, **options)
+    else:  # a plan lists what cannot be patched instead of refusing
+        (reasons,) = vsparse.plan(chosen, method, **options).skipped.items()
+        assert re.search(words, ": ".join((reasons[0], "; ".join(reasons[1]))))
     assert rows.footprint(model) == mark
-
-
-def _nothing() -> Any:
-    import contextlib
-
-    return contextlib.nullcontext()
 
 
 @METHOD
@@ -180,7 +181,9 @@ def test_refuses_a_second_patch(method: str) -> None:
     with sparse(model, method) as patch:
         first = outputs(patch, model, values)
         mark = rows.footprint(model)
-        with pytest.raises(ValueError, match=rf"already patched with '{method}': call vsparse.patch_of\(model\).remove"):
+        with pytest.raises(
+            ValueError, match=rf"already patched with '{method}': call vsparse.patch_of\(model\).remove"
+        ):
             vsparse.apply(model, "dense")
         assert rows.footprint(model) == mark
         patch.reset()
@@ -190,31 +193,23 @@ def test_refuses_a_second_patch(method: str) -> None:
 @pytest.mark.parametrize("point", ["build", "install", "listen", "source"])
 @HOST
 def test_a_failure_half_way_is_undone(host: str, point: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import vsparse.integrations.diffusers as adapter
-
     model, inputs = rows.build(host)
     values = rows.prompt(host, inputs)
     before, mark = rows.forward(model, values), rows.footprint(model)
     owner, name = (vsparse.list_methods()["vsa"], "build") if point == "build" else (adapter, point)
     stock, calls = getattr(owner, name), []
-    last = {"build": 2 * len(list(dict(model.named_modules()))), "install": 2, "listen": 1, "source": 1}[point]
 
     def fails(*args: Any) -> Any:
-        calls.append(args)
-        meta = point == "build" and torch.empty(0).is_meta
-        if not meta and sum(1 for _ in calls) >= (_planned(calls) + 2 if point == "build" else last):
+        if not torch.empty(0).is_meta:  # planning builds on the meta device, to count parameters
+            calls.append(args)
+        if len(calls) == (2 if point in ("build", "install") else 1):
             raise RuntimeError("out of memory")
         return stock(*args)
 
-    def _planned(_: object) -> int:
-        return sites
-
-    sites = len(vsparse.plan(model, "vsa").sites)
-    monkeypatch.setattr(owner, name, fails)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        vsparse.apply(model, "vsa")
-    monkeypatch.undo()
-    assert calls
+    with monkeypatch.context() as broken:
+        broken.setattr(owner, name, fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            vsparse.apply(model, "vsa")
     assert rows.footprint(model) == mark
     assert torch.equal(rows.forward(model, values), before)
     with vsparse.apply(model, "vsa", density=1.0):
@@ -224,7 +219,7 @@ def test_a_failure_half_way_is_undone(host: str, point: str, monkeypatch: pytest
 # ---- lenient -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("host", [host for host in rows.HOSTS])
+@HOST
 def test_lenient_runs_dense_and_counts(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = rows.build(host)
     values = rows.prompt(host, inputs)
@@ -237,20 +232,21 @@ def test_lenient_runs_dense_and_counts(host: str, monkeypatch: pytest.MonkeyPatc
         monkeypatch.undo()
     with sparse(model, "vsa", strict=False) as patch:
         monkeypatch.setattr(backend, "reasons", lambda *args, **options: ["no kernel today", "nor tomorrow"])
-        with pytest.warns(UserWarning, match="runs dense: no kernel today") as heard:
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
             after = rows.forward(model, values)
-        assert len(heard) == 2
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            assert [str(x.message) for x in heard] == [
+                f"vsparse: transformer runs dense: {reason}" for reason in ("no kernel today", "nor tomorrow")
+            ]
             rows.forward(model, values)
+            assert len(heard) == 2
         stats = patch.stats()
         assert stats["fallbacks"] == {"no kernel today": 2, "nor tomorrow": 2}
         assert stats["calls"] == {"dense": 2 * len(patch.sites)}
         assert stats["density"] == 1.0
     with vsparse.apply(model, "dense"):
         assert torch.equal(after, rows.forward(model, values))
-    tiny_error = float((after - before).abs().max())
-    assert tiny_error == 0.0 or rows.HOSTS[host].lengths is not None
+    assert torch.equal(after, before) or rows.HOSTS[host].padded
 
 
 def test_lenient_skips_an_unknown_processor_aloud() -> None:
@@ -281,7 +277,7 @@ def test_a_processor_replaced_after_apply_is_noticed() -> None:
     stock = model.blocks[1].attn1.processor
     patch = vsparse.apply(model, "vsa")
     model.blocks[1].attn1.processor = stock
-    with pytest.raises(NotImplementedError, match="processor was replaced by WanAttnProcessor after apply.*apply it again"):
+    with pytest.raises(NotImplementedError, match=r"was replaced by WanAttnProcessor after apply.*apply it again"):
         rows.forward(model, values)
     patch.remove()
     assert model.blocks[1].attn1.processor is stock
@@ -318,15 +314,20 @@ def test_an_exception_in_mid_generation_leaves_nothing(host: str, method: str) -
         def fails(*_: object) -> None:
             raise KeyboardInterrupt
 
-        with pytest.raises(KeyboardInterrupt), patch.generation(4):
-            for i in range(3):
-                with patch.step(i):
-                    handle = second.register_forward_hook(fails) if i == 2 else None
-                    rows.forward(model, rows.prompt(host, inputs, seed=1))
-        handle.remove()
+        def run() -> None:
+            with patch.generation(4):
+                for i in range(3):
+                    with patch.step(i):
+                        if i == 2:
+                            handles.append(second.register_forward_hook(fails))
+                        rows.forward(model, rows.prompt(host, inputs, seed=1))
+
+        handles: list[Any] = []
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        handles[0].remove()
         assert patch.stats()["state_bytes"] == 0
         assert all(map(torch.equal, outputs(patch, model, values), wanted))
-        # The same without a context that cleans up: a generation that is never closed cannot be opened again unseen.
         assert all(site.hidden is None for site in patch.sites)
 
 
@@ -459,37 +460,23 @@ def test_grid_and_latent_must_agree() -> None:
 def test_an_unknown_mask_is_refused() -> None:
     model, inputs = rows.build("wan")
     values = rows.prompt("wan", inputs)
-    tokens = tiny.Size.__args__ and rows.SMALL[0] * rows.SMALL[1] * rows.SMALL[2]
-    mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool)
+    mask = torch.ones(1, 1, 1, math.prod(rows.SMALL), dtype=torch.bool)
     attention = model.blocks[0].attn1
     stock = type(attention).forward
     with vsparse.apply(model, "vsa"):
         attention.forward = lambda hidden, text, _, rotary: stock(attention, hidden, text, mask, rotary)
-        with pytest.raises(ValueError, match=r"blocks.0.attn1: an attention mask of unknown form, torch.bool \(1, 1, 1"):
+        with pytest.raises(
+            ValueError, match=r"blocks.0.attn1: an attention mask of unknown form, torch.bool \(1, 1, 1"
+        ):
             rows.forward(model, values)
         del attention.forward
         rows.forward(model, values)
 
 
-def test_stands_on_the_processors_that_hosts_name() -> None:
-    """Every processor name of the host table is a class whose code can be entered, in this version of diffusers."""
+def test_the_host_table_names_processors_that_can_be_entered() -> None:
+    """In this version of diffusers: every claim of every tiny host is free of reasons."""
     for host in rows.HOSTS:
-        model, _ = rows.build(host)
-        for claim in _claims(model):
-            assert not claim.reasons, claim.reasons
-            assert isinstance(claim.module, nn.Module)
-    assert processors.reasons(nn.Linear(2, 2), _host())
-
-
-def _claims(model: nn.Module) -> Any:
-    from vsparse.integrations.diffusers import roots
-
-    found = roots(model)
-    assert found is not None
-    return found[0].claims
-
-
-def _host() -> Any:
-    from vsparse.integrations.diffusers.hosts import HOSTS
-
-    return HOSTS[0]
+        (root,) = adapter.roots(rows.build(host)[0]) or []
+        assert root.claims
+        assert not [reason for claim in root.claims for reason in claim.reasons]
+    assert processors.reasons(nn.Linear(2, 2), HOSTS[0])

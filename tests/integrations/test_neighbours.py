@@ -1,4 +1,4 @@
-"""Other things that people do to a diffusers model, before and after the patch: both orders work, and undo stays exact."""
+"""What else people do to a diffusers model, before and after the patch: both orders work, and undo stays exact."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_offloaded_by_accelerate_as_a_whole(order: str, method: str) -> None:
 
 @ORDER
 def test_a_pipeline_with_model_offload(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``enable_model_cpu_offload`` with the CPU in the role of the accelerator; it ends a run by tearing all hooks out."""
+    """``enable_model_cpu_offload`` with the CPU as the accelerator; it ends a run by tearing all hooks out."""
     built = tiny_pipelines.wan()
     pipe = built[0]
     stock = tiny_pipelines.run(built)
@@ -329,7 +329,10 @@ def test_the_hosts_own_save_writes_stock_keys(host: str, tmp_path: Path, caplog:
         with caplog.at_level(logging.WARNING, logger="vsparse"):
             model.save_pretrained(tmp_path / "model")
         heard = [record.getMessage() for record in caplog.records if record.name == "vsparse"]
-        assert heard == [f"save_pretrained left out {2 * len(patch.sites)} tensors of the vsparse patch; patch.save(directory) writes them"]  # fmt: skip
+        assert heard == [
+            f"save_pretrained left out {len(patch.parameters())} tensors of the vsparse patch; "
+            "patch.save(directory) writes them"
+        ]
         assert torch.equal(rows.forward(model, values), wanted)
         assert any(".vsparse." in name for name in model.state_dict())
     # A copy, because weights that lie mapped in a file have another alignment, and with it another rounding.
@@ -385,7 +388,7 @@ def test_dtype_changed_while_patched(method: str) -> None:
         outputs(patch, model, values)
         model.double()
         assert {x.dtype for x in patch.parameters()} <= {torch.float64}
-        wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in values.items()}
+        wide = rows.cast_inputs(values, torch.float64)
         assert outputs(patch, model, wide)[-1].dtype == torch.float64
         model.float()
     assert torch.equal(rows.forward(model, values), stock)

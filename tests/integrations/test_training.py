@@ -1,4 +1,4 @@
-"""Training a patched host: recomputation finds its call again, gates learn, and 20 steps at density 1 are the host's."""
+"""Training a patched host: recomputation finds its call again, gates learn, 20 steps at density 1 are the host's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import rows
 import torch
-from host_law import REORDERED, SelfAttention, reordered
+from host_law import stock_runs
 from torch import nn
 
 import vsparse
@@ -136,17 +136,13 @@ def test_train_parity(host: str, method: str) -> None:
     _, inputs = rows.build(host)
     batches = [rows.prompt(host, inputs, batch=2, seed=seed) for seed in range(3)]
     exact = _train(rows.build(host, dtype=torch.float64)[0], [rows.cast_inputs(x, torch.float64) for x in batches])
-    stock = [_train(rows.build(host)[0], batches)]
     model, _ = rows.build(host)
-    with vsparse.apply(model, "dense") as patch:
-        rows.forward(model, batches[0])
-        tokens = patch.sites[0].call.grid.tokens
-    for seed in range(REORDERED):
-        with SelfAttention(tokens, reordered(seed)):
-            stock.append(_train(rows.build(host)[0], batches))
+    stock = stock_runs(lambda: _train(rows.build(host)[0], batches), rows.tokens(model, batches[0]))
     with vsparse.apply(model, method, schedule=vsparse.Schedule(), **row.everything):
         found = _train(model, batches)
-    assert float(exact[0][-3:].mean()) < 0.8 * float(exact[0][:3].mean()), "it does not learn: the test would see little"
+    assert float(exact[0][-3:].mean()) < 0.8 * float(exact[0][:3].mean()), (
+        "it does not learn: the test would see little"
+    )
     for name, mine, truth, others in zip(("loss", "parameters"), found, exact, zip(*stock, strict=True), strict=True):
         error = float((mine - truth).norm())
         reference = max(float((x - truth).norm()) for x in others)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 import vsparse
 from vsparse import BlockMap, reference
+from vsparse.kernels.cpu import mass as cpu_mass
+from vsparse.kernels.cpu import rows as cpu_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -116,6 +118,45 @@ def test_single_tokens_and_long_chunks(q: tuple[int, int], k: tuple[int, int]) -
         hold(make(7, q=q, k=k, dtype=dtype, ragged=(False, True)))
 
 
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes at which a few dozen slots make many chunks, lane groups, parts and tiles."""
+    for module, name, value in (
+        (cpu_rows, "CHUNK", 64),
+        (cpu_rows, "GROUP", 64),
+        (cpu_rows, "PART", 3),
+        (cpu_mass, "TILE", 1),
+    ):
+        monkeypatch.setattr(module, name, value)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("q", [(6, 9), (40, 1)])
+def test_work_in_many_chunks(q: tuple[int, int], dtype: torch.dtype) -> None:
+    for seed in range(3):
+        hold(make(seed, q=q, k=(7, 12), dtype=dtype, bias=seed == 1, ragged=(seed == 2, seed == 1)))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_mass_and_pool_in_many_chunks() -> None:
+    case = make(4, q=(6, 9), k=(7, 12))
+    sides = case.blocks.q, case.blocks.k
+    lse = vsparse.block_sparse_attention(*case.inputs, BlockMap.full(*sides))[1]
+    for candidates in (None, case.blocks):
+        options = {"candidates": candidates, "scale": case.scale}
+        with oracle.poison():
+            oracle.assert_law(
+                lambda q, k, o=options: vsparse.block_mass(q, k, lse, *sides, **o),
+                lambda q, k, o=options: reference.block_mass(q, k, lse.to(q.dtype), *sides, **o),
+                case.inputs[:2],
+                grads=False,
+            )
+    oracle.assert_law(
+        lambda x: vsparse.block_pool(x, sides[1]), lambda x: reference.block_pool(x, sides[1])[0], case.inputs[1:2]
+    )
+
+
 @pytest.mark.parametrize("q", [(4, 8), (12, 1)])
 def test_omitted_blocks_may_hold_nan(q: tuple[int, int]) -> None:
     for seed in range(4):
@@ -176,7 +217,7 @@ def test_mass(which: str, dtype: torch.dtype) -> None:
         lambda q, k: vsparse.block_mass(q, k, lse, *sides, **options),  # type: ignore[arg-type]
         lambda q, k: reference.block_mass(
             q, k, lse.to(reference.statistics_dtype(q.dtype)), *sides, scale=case.scale, **options
-        ),  # type: ignore[arg-type]  # noqa: E501
+        ),  # type: ignore[arg-type]
         (q, k),
         grads=False,
     )

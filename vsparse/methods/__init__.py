@@ -14,6 +14,10 @@ _OURS = {
     "vsa": ("vsparse.methods.vsa", "VSA"),
     "adaspa": ("vsparse.methods.adaspa", "AdaSpa"),
     "vmoba": ("vsparse.methods.vmoba", "VMoBA"),
+    "sta": ("vsparse.methods.sta", "STA"),
+    "radial": ("vsparse.methods.radial", "Radial"),
+    "nabla": ("vsparse.methods.nabla", "NABLA"),
+    "pattern": ("vsparse.methods.pattern", "StaticPattern"),
 }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid
 from vsparse.layouts import Blocking, Layout
+from vsparse.patterns import Pattern, block_map
 from vsparse.schedule import Phase, Schedule
 from vsparse.state import RunState
 
@@ -52,6 +53,7 @@ class Call:
         step: 0-d int64, denoising step, -1 when unknown. density: 0-d float64, the budget of this call.
         trim: A tensor whose size is the number of tokens up to the longest valid text, or None when there is no text
             to trim: a size, not a Python int, so that prompts of different length share one graph.
+        static: The method's static map, bound to the text lengths; None when it has none.
         parallel: Context-parallel plan; None until there is one.
     """
 
@@ -61,6 +63,7 @@ class Call:
     step: Tensor
     density: Tensor
     trim: Tensor | None = None
+    static: BlockMap | None = None
     parallel: object | None = None
 
     @property
@@ -119,7 +122,7 @@ class SparseAttention(nn.Module):
         return fine
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What the method added, by its own names: without the factors that an adapter (LoRA) has put around a layer."""
+        """What the method added, by its own names: without the factors that a LoRA has put around a layer."""
         for name, parameter in self.named_parameters():
             plain = name.replace(".base_layer.", ".")
             if plain in self.added:
@@ -168,7 +171,20 @@ class Method(abc.ABC):
         """Density that goes into `Call.density` when no ramp overrides it."""
         return float(getattr(self, "density", 1.0))
 
-    def predicted_density(self, layout: Layout) -> float:
+    def static_pattern(self, site: Site) -> Pattern | tuple[Pattern, ...] | None:
+        """What of the map follows from the layout alone, one pattern or one per head; None: nothing.
+
+        Its block form is made once per layout, outside any compiled region, shared by the layers whose pattern is
+        equal, and handed to the site as `Call.static`.
+        """
+        return None
+
+    def static_map(self, layout: Layout, site: Site) -> BlockMap | None:
+        """The block form of `static_pattern` over a layout, for texts of full length."""
+        pattern = self.static_pattern(site)
+        return None if pattern is None else block_map(pattern, layout)
+
+    def predicted_density(self, layout: Layout, site: Site) -> float:
         """Share of token pairs that a sparse call computes, forced text included, for a full text."""
         return predict_density(layout, self.call_density())
 
@@ -179,6 +195,10 @@ class Method(abc.ABC):
     def search_flops(self, layout: Layout, site: Site, batch: int, phase: Phase) -> float:
         """FLOPs that a call in ``phase`` spends on finding its map."""
         return 0.0
+
+    def options(self) -> dict[str, Any]:
+        """The fields as numbers, strings, None and tuples of them: what an adapter or a profile writes down."""
+        return dc.asdict(self)
 
     def replace(self, **overrides: Any) -> Method:
         """A copy with fields replaced.

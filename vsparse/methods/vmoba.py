@@ -82,7 +82,7 @@ class VMoBA(Method):
         """The partition of the site's layer."""
         return PartitionLayout(grid, chunk=self.chunk(site.layer))
 
-    def predicted_density(self, layout: Layout) -> float:
+    def predicted_density(self, layout: Layout, site: Site) -> float:
         """Top-k: chunks kept of those there are. Threshold: at most the threshold (published: 0.76-0.87 of it)."""
         if self.select == "threshold":
             return predict_density(layout, self.threshold)

@@ -23,6 +23,7 @@ from vsparse.patterns.rules import (
     text_keys,
     text_queries,
 )
+from vsparse.patterns.text import parse
 
 __all__ = [
     "Axis",
@@ -48,6 +49,7 @@ __all__ = [
     "block_map",
     "everything",
     "nothing",
+    "parse",
     "same_frame",
     "same_position",
     "text_keys",

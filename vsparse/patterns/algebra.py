@@ -314,7 +314,7 @@ class Transposed(Pattern):
         return self.part
 
     def __repr__(self) -> str:
-        return f"{self.part!r}.T"
+        return f"({self.part!r}).T" if isinstance(self.part, Complement) else f"{self.part!r}.T"
 
 
 def _combined(kind: type[Union] | type[Intersection], a: Pattern, b: Pattern) -> Pattern:
@@ -359,8 +359,8 @@ def block_map(pattern: Pattern | tuple[Pattern, ...], layout: Layout, *, text: T
             f"got slot_token {tuple(layout.slot_token.shape)}"
         )
     masks = {p: _block_mask(_Request(p, text, layout.key, layout)) for p in dict.fromkeys(heads)}
-    blocking = layout.bind()
     with _plain():
+        blocking = layout.bind()
         capacity = max(_longest(mask) for mask in masks.values())
         rows = {p: _lists(mask, capacity) for p, mask in masks.items()}
         index, count = (torch.stack([rows[p][i] for p in heads])[None] for i in range(2))
@@ -385,8 +385,9 @@ def _block_mask(request: _Request) -> Tensor:
         axes = sorted(pattern.restricts(layout.grid))
         keep = kept_pairs(functools.partial(_bounds, pattern, layout.grid), layout, axes)
         keep = _with_text(pattern, keep, layout.segment.cpu() == int(Segment.TEXT), request.text)
-        empty = layout.length[0, 0].cpu() == 0
-        return keep | ((keep | empty).all(-1) & ~empty)[:, None]
+        used = layout.length[0, 0].cpu() > 0
+        keep = keep & used & used[:, None]
+        return keep | ((keep | ~used).all(-1) & used)[:, None]
 
 
 def _bounds(pattern: Pattern, grid: Grid, q: Box, k: Box) -> Bounds:

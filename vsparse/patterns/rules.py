@@ -160,9 +160,9 @@ class Window(Separable):
 
     size: OpenSizes
     border: Literal["shift", "cut"] = "shift"
-    dilation: Sizes = 1
-    stride: Sizes = 1
-    unit: Sizes = 1
+    dilation: Sizes = (1, 1, 1)
+    stride: Sizes = (1, 1, 1)
+    unit: Sizes = (1, 1, 1)
 
     def __post_init__(self) -> None:
         if self.border not in ("shift", "cut"):
@@ -206,8 +206,8 @@ class Cells(Separable):
     """
 
     size: OpenSizes
-    shift: Sizes = 0
-    halo: Sizes = 0
+    shift: Sizes = (0, 0, 0)
+    halo: Sizes = (0, 0, 0)
 
     def __post_init__(self) -> None:
         _set(self, size=_open("Cells: size", self.size, 1))
@@ -235,9 +235,9 @@ class Offset(Separable):
         unit: Positions that count as one: with the sizes of a tile, distances are counted in tiles.
     """
 
-    low: OpenSizes = None
-    high: OpenSizes = None
-    unit: Sizes = 1
+    low: OpenSizes = (None, None, None)
+    high: OpenSizes = (None, None, None)
+    unit: Sizes = (1, 1, 1)
 
     def __post_init__(self) -> None:
         _set(self, low=_open("Offset: low", self.low, None), high=_open("Offset: high", self.high, None))
@@ -295,7 +295,7 @@ class KeyStride(Separable):
     """
 
     step: Sizes
-    offset: Sizes = 0
+    offset: Sizes = (0, 0, 0)
 
     def __post_init__(self) -> None:
         step, offset = _closed("KeyStride: step", self.step, 1), _closed("KeyStride: offset", self.offset, 0)

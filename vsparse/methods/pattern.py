@@ -1,0 +1,114 @@
+"""pattern: attention under a static pattern of your own, and the module that every static method runs."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from typing import Any, ClassVar, Literal, cast
+
+from torch import Tensor
+
+from vsparse import ops
+from vsparse.geometry import Grid
+from vsparse.layouts import Layout, RasterLayout, TileLayout
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention
+from vsparse.patterns import Pattern, everything, parse
+
+__all__ = ["StaticAttention", "StaticMethod", "StaticPattern"]
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class StaticMethod(Method):
+    """A method whose map follows from the layout alone: it gives a layout and a `static_pattern`, nothing else."""
+
+    def predicted_density(self, layout: Layout, site: Site) -> float:
+        """Counted in the map; the mean over heads."""
+        static = self.static_map(layout, site)
+        assert static is not None
+        return float(static.density().mean())
+
+    def build(self, site: Site) -> SparseAttention:
+        """The module; it has no parameters."""
+        pattern = self.static_pattern(site)
+        if isinstance(pattern, tuple) and len(pattern) != site.heads:
+            raise ValueError(f"{self.key}: {len(pattern)} patterns for {site.name}, which has {site.heads} heads")
+        return StaticAttention(self, site)
+
+
+class StaticAttention(SparseAttention):
+    """Exact attention under the static map of the call."""
+
+    def core(
+        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Pack, attend, unpack."""
+        blocking, blocks = call.blocking, call.static
+        assert blocks is not None
+        q, k, v = blocking.pack(q), blocking.pack(k), blocking.pack(v)
+        self.tally(blocks, q.shape[0])
+        out, _ = ops.block_sparse_attention(q, k, v, blocks)
+        return blocking.unpack(out), ()
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class StaticPattern(StaticMethod):
+    """A pattern of your own, from `vsparse.patterns`.
+
+    Args:
+        pattern: One for all heads and layers, or a tuple with one per head; a text is read by `vsparse.patterns.parse`.
+            The default keeps everything.
+        tile: Frames, rows, columns of a tile: tokens are ordered by tiles. None: in raster order.
+        block: Slots of a block of the kernel. A block is computed if the pattern keeps any pair of tokens in it, so the
+            order decides how many blocks a pattern costs.
+        break_at: "frame": in raster order, no block straddles two frames.
+
+    Joint text is always attended and its rows are full, whatever the pattern says.
+    """
+
+    key: ClassVar[str] = "pattern"
+    paper: ClassVar[Paper] = Paper(title="a static pattern of your own", arxiv="", trained=False)
+
+    pattern: Pattern | str | tuple[Pattern | str, ...] = everything
+    tile: tuple[int, int, int] | None = None
+    block: int = 64
+    break_at: Literal["frame"] | None = None
+
+    def __post_init__(self) -> None:
+        given: Any = self.pattern
+        several = isinstance(given, tuple | list)
+        heads = tuple(parse(x) if isinstance(x, str) else x for x in (given if several else [given]))
+        if not heads or not all(isinstance(x, Pattern) for x in heads):
+            raise ValueError(f"pattern: pattern must be a Pattern or a tuple with one per head, got {self.pattern!r}")
+        object.__setattr__(self, "pattern", heads if several else heads[0])
+        if self.tile is not None and self.break_at is not None:
+            raise ValueError(f"pattern: break_at={self.break_at!r} is for raster order, got tile={self.tile!r}, too")
+        self._layout(Grid(t=1, h=1, w=1))
+
+    def layout(self, grid: Grid, site: Site) -> Layout:
+        """Tiles, or raster order."""
+        return self._layout(grid)
+
+    def _layout(self, grid: Grid) -> Layout:
+        if self.tile is not None:
+            return TileLayout(grid, tile=self.tile, block=self.block)
+        return RasterLayout(grid, block=self.block, break_at=self.break_at)
+
+    def static_pattern(self, site: Site) -> Pattern | tuple[Pattern, ...]:
+        """The pattern as given."""
+        return cast("Pattern | tuple[Pattern, ...]", self.pattern)
+
+    def options(self) -> dict[str, Any]:
+        """The fields, patterns as text.
+
+        Raises:
+            ValueError: a pattern holds a function, which has no text.
+        """
+        fields = {field.name: getattr(self, field.name) for field in dc.fields(self)}
+        if isinstance(self.pattern, tuple):
+            return fields | {"pattern": tuple(map(_written, self.pattern))}
+        return fields | {"pattern": _written(self.pattern)}
+
+
+def _written(pattern: Pattern | str) -> str:
+    text = repr(pattern)
+    parse(text)
+    return text
