@@ -53,7 +53,8 @@ def check(name: str, candidate: Tensor, working: Tensor, truth: Tensor, *others:
         place = torch.unravel_index(gap.argmax(), gap.shape)
         raise AssertionError(
             f"{name}: error {worst:.3e} at {[int(i) for i in place]} "
-            f"({float(candidate[place]):.6g} for {float(truth[place]):.6g}); allowed {allowed:.3e}, reference {known:.3e}"
+            f"({float(candidate[place]):.6g} for {float(truth[place]):.6g}); allowed {allowed:.3e}, "
+            f"reference {known:.3e}"
         )
 
 
@@ -88,7 +89,7 @@ def assert_law(
     """Hold a function to a plain one that runs in any dtype: outputs and, unless told otherwise, every gradient.
 
     Args:
-        candidate, plain: Functions of the tensors ``inputs``. inputs: in the working dtype; truth takes them in float64.
+        candidate, plain: Functions of the tensors ``inputs``. inputs: in the working dtype; truth takes float64.
         also: Further ways to run the reference in the working dtype; the worst of their errors counts.
     """
     truth = run(plain, [x.double() for x in inputs], seed, grads=grads)

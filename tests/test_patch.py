@@ -244,6 +244,7 @@ def test_parameters_follow_the_host_mode() -> None:
     model.train()
     with vsparse.apply(model, "vsa") as patch:
         assert all(site.training for site in patch.sites)
+        assert not any(site.training for site in vsparse.apply(rows.build("wan")[0], "vsa").sites)
         assert all(x.requires_grad for x in patch.parameters())
         assert [name for name, _ in patch.named_parameters()] == [
             f"transformer.blocks.{i}.attn1.to_gate_compress.{part}" for i in range(2) for part in ("weight", "bias")

@@ -67,12 +67,11 @@ def roots(target: object) -> list[Root] | None:
     components = getattr(target, "components", None)
     if not isinstance(components, Mapping):
         return None
-    found = [
-        _root(name, module, host)
-        for name, module in components.items()
-        if isinstance(module, nn.Module) and (host := host_of(module)) is not None
-    ]
-    return found or None
+    seen: dict[int, Root] = {}
+    for name, module in components.items():
+        if isinstance(module, nn.Module) and id(module) not in seen and (host := host_of(module)) is not None:
+            seen[id(module)] = _root(name, module, host)
+    return list(seen.values()) or None
 
 
 def _root(name: str, module: nn.Module, host: Host) -> Root:

@@ -266,13 +266,12 @@ def _rebound(stock: type) -> type:
     module = types.ModuleType(name)
     module.__dict__.update(call.__globals__)
     module.__dict__["__name__"] = name
-    functional = call.__globals__["F"]
     if _hook_point(stock) == "dispatch_attention_fn":
         module.__dict__["dispatch_attention_fn"] = _dispatch(call.__globals__["dispatch_attention_fn"])
         if "pad" in call.__code__.co_names:
-            module.__dict__["F"] = _TextMaskFunctional(functional)
+            module.__dict__["F"] = _TextMaskFunctional(call.__globals__["F"])
     else:
-        module.__dict__["F"] = _AttentionFunctional(functional)
+        module.__dict__["F"] = _AttentionFunctional(call.__globals__["F"])
     sys.modules[name] = module
     inner = types.FunctionType(call.__code__, module.__dict__, call.__name__, call.__defaults__, call.__closure__)
     inner.__kwdefaults__ = call.__kwdefaults__

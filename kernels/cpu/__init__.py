@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vsparse.backend import Implementation, register
+from vsparse.blocks import BlockMap
 
 from .attention import block_sparse_attention, block_sparse_attention_backward
 from .mass import block_mass, search_attention
@@ -18,7 +19,14 @@ from .pool import block_pool, block_pool_backward
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _unsupported(*args: Any, skip_threshold: float | None = None, **options: Any) -> list[str]:
+def _unsupported(
+    *args: Any,
+    scale: float | None = None,
+    skip_threshold: float | None = None,
+    candidates: BlockMap | None = None,
+    rows: Tensor | None = None,
+) -> list[str]:
+    """Any shape and map will do; only dtypes and skipping are refused."""
     tensors = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else (arg,)) if isinstance(x, Tensor)]
     strange = sorted({x.dtype for x in tensors} - set(_DTYPES), key=str)
     found = [f"{dtype} is not among {', '.join(map(str, _DTYPES))}" for dtype in strange]

@@ -68,25 +68,22 @@ def block_sparse_attention_backward(
         torch.zeros(k.shape, dtype=k.dtype),
         torch.zeros(v.shape, dtype=v.dtype),
     )
-    rows, flat_grad_q = (flat(q), flat(k), flat(v)), flat(grads[0])
+    rows = (flat(q), flat(k), flat(v))
     saved = (flat(grad_out), None if grad_lse is None else flat(grad_lse), flat(out), flat(lse))
     key_major = plan.key_major
     listed = plan.listed_columns if key_major else plan.listed_rows
-    # Long runs of queries are twice as fast in bfloat16, and the rounding is then that of dense attention.
+    # Long runs of queries are faster in bfloat16, and the rounding is then that of dense attention.
     long = q.dtype if q.dtype == torch.bfloat16 and grad_lse is None else wide
     for lanes in plan.groups():
         keys, values = _Sum(grads[1], lanes, wide), _Sum(grads[2], lanes, wide)
-        queries = _Sum(grads[0], lanes, wide) if key_major else None
+        queries = _Sum(grads[0], lanes, wide) if key_major else _Whole(grads[0])
         for chunks, dtype in ((listed(lanes), wide), (plan.full_rows(lanes), long)):
             for chunk in chunks:
-                dq, dk, dv = _attend_backward(chunk, rows, saved, scale, dtype)
-                keys.add(chunk.k, dk)
-                values.add(chunk.k, dv)
-                if queries is None:
-                    chunk.q.put(flat_grad_q, dq)
-                else:
-                    queries.add(chunk.q, dq)
-        for total in (keys, values) if queries is None else (keys, values, queries):
+                parts = _attend_backward(chunk, rows, saved, scale, dtype)
+                for total, to, part in zip((queries, keys, values), (chunk.q, chunk.k, chunk.k), parts, strict=True):
+                    total.add(to, part)
+                del parts, part  # before the next chunk makes its own
+        for total in (queries, keys, values):
             total.close()
     return grads
 
@@ -139,6 +136,20 @@ def _attend_backward(
 
 def _mask(chunk: Chunk) -> Tensor | None:
     return None if chunk.bias is None else chunk.bias[:, None, None]
+
+
+class _Whole:
+    """Rows that a single chunk determines."""
+
+    def __init__(self, target: Tensor) -> None:
+        self.rows = flat(target)
+
+    def add(self, to: Tokens, part: Tensor) -> None:
+        """Set the rows to ``part [n, L, D]``, padding left out."""
+        to.put(self.rows, part)
+
+    def close(self) -> None:
+        """Nothing is left to do."""
 
 
 class _Sum:

@@ -17,9 +17,9 @@ from vsparse.layouts import Blocking
 
 __all__ = ["Chunk", "Lanes", "Plan", "Tokens", "flat", "lane_groups", "tokens"]
 
-# Elements of one gathered tensor in a chunk, elements of one lane in a group of lanes, and queries of a key-major set.
-# Two gathered float32 tensors of a chunk then take 2 MiB, which the second-level caches of two cores hold; a group is
-# what one pass keeps warm, and what its accumulators take.
+# Elements of one gathered tensor in a chunk, of one lane in a group of lanes, and queries of a key-major set. K and V
+# of a chunk then take 2 MiB in float32, which the second-level caches of two cores hold; a group is what one pass keeps
+# warm, and what its sums take.
 CHUNK = 1 << 18
 GROUP = 1 << 19
 PART = 512

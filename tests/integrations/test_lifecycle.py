@@ -8,11 +8,13 @@ import re
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import rows
+import tiny_pipelines
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
 import vsparse
@@ -149,6 +151,7 @@ REFUSED: list[tuple[Callable[[nn.Module], object], Any, dict[str, Any], type[Exc
         "dense_layers=3, but transformer has 2 attention layers",
     ),
     (lambda _: nn.Linear(2, 2), "vsa", {}, ValueError, "cannot patch torch.nn.*Linear.*Known models: WanTransformer3D"),
+    (lambda _: tiny_pipelines.wan()[0].vae, "vsa", {}, ValueError, "cannot patch diffusers.*AutoencoderKLWan"),
     (lambda _: None, "vsa", {}, ValueError, "cannot patch builtins.NoneType.*Known models: WanTransformer3D"),
     (_foreign_processor, "vsa", {}, NotImplementedError, "blocks.1.attn1: processor .*_OtherProcessor is not known"),
     (_foreign_child, "vsa", {}, NotImplementedError, "blocks.1.attn1: the module already has a child named 'vsparse'"),
@@ -331,6 +334,41 @@ def test_an_exception_in_mid_generation_leaves_nothing(host: str, method: str) -
         assert all(site.hidden is None for site in patch.sites)
 
 
+def test_after_an_exception_another_thread_may_go_on() -> None:
+    model, inputs = rows.build("wan")
+    values = rows.prompt("wan", inputs)
+    with sparse(model, "vsa") as patch:
+        wanted = rows.forward(model, values)
+        handle = model.blocks[0].attn1.to_q.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            rows.forward(model, values)
+        handle.remove()
+        assert all(site.hidden is None for site in patch.sites)
+        thread, found = _in_thread(lambda: rows.forward(model, values))
+        thread.join(60)
+        assert torch.equal(found[0], wanted)
+
+
+def test_kernels_are_asked_about_the_dtype_of_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bfloat16 Wan keeps some parameters in float32, and autocast computes in another dtype than any parameter."""
+    asked = []
+
+    def reasons(op: str, device: str, q: torch.Tensor, *args: Any, **options: Any) -> list[str]:
+        asked.append(q.dtype)
+        return []
+
+    model, inputs = rows.build("wan", dtype=torch.bfloat16)
+    assert next(model.parameters()).dtype == torch.float32
+    wide, _ = rows.build("wan")
+    with vsparse.apply(model, "vsa"), vsparse.apply(wide, "vsa"):
+        monkeypatch.setattr(backend, "reasons", reasons)
+        rows.forward(model, rows.prompt("wan", inputs))
+        assert set(asked) == {torch.bfloat16}
+        with torch.autocast("cpu", torch.float16):
+            rows.forward(wide, rows.prompt("wan", rows.build("wan")[1]))
+        assert set(asked) == {torch.bfloat16, torch.float16}
+
+
 @METHOD
 def test_two_patched_models_share_nothing(method: str) -> None:
     (one, inputs), (two, _) = rows.build("wan"), rows.build("wan", seed=3)
@@ -368,6 +406,8 @@ def test_a_deepcopy_is_patched_and_independent(host: str, method: str) -> None:
     assert not {id(x) for x in own.parameters()} & {id(x) for x in patch.parameters()}
     assert all(map(torch.equal, outputs(own, twin, values), wanted))
     assert own.stats()["calls"] == patch.stats()["calls"]
+    with patch.generation(2), own.generation(3):
+        pass
     patch.remove()
     assert all(map(torch.equal, outputs(own, twin, values), wanted))
     assert torch.equal(rows.forward(model, values), stock)
@@ -471,6 +511,56 @@ def test_an_unknown_mask_is_refused() -> None:
             rows.forward(model, values)
         del attention.forward
         rows.forward(model, values)
+
+
+class WanAttnProcessor:
+    """In the place and under the name of the stock one: it asks for something."""
+
+    _attention_backend = _parallel_config = None
+    asked: ClassVar[dict[str, Any]] = {}
+    keys = 0
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        q, k, v = (layer(hidden_states).unflatten(-1, (2, 16)) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        return dispatch_attention_fn(q, k[:, self.keys :], v[:, self.keys :], **self.asked).flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "keys", "error", "words"),
+    [
+        ({"dropout_p": 0.1}, 0, NotImplementedError, "the host asks for dropout, which vsparse does not honour"),
+        ({"is_causal": True}, 0, NotImplementedError, "the host asks for causal attention, which"),
+        ({"scale": 2.0}, 0, NotImplementedError, "the host asks for a scale of its own, which"),
+        ({"enable_gqa": True}, 0, NotImplementedError, "the host asks for grouped queries, which"),
+        ({"parallel_config": object()}, 0, NotImplementedError, "the host asks for context parallelism, which"),
+        (
+            {"attention_kwargs": {"x": 1}},
+            0,
+            NotImplementedError,
+            r"the host asks for attention_kwargs=\{'x': 1\}, which",
+        ),
+        ({}, 3, ValueError, "attention over 84 x 81 tokens, but Grid.* has 84"),
+    ],
+)
+def test_what_is_not_honoured_is_refused(
+    asked: dict[str, Any], keys: int, error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = rows.build("wan")
+    values = rows.prompt("wan", inputs)
+    model.blocks[1].attn1.processor = WanAttnProcessor()
+    with vsparse.apply(model, "vsa"):
+        rows.forward(model, values)
+        monkeypatch.setattr(WanAttnProcessor, "asked", asked)
+        monkeypatch.setattr(WanAttnProcessor, "keys", keys)
+        with pytest.raises(error, match=f"blocks.1.attn1: {words}"):
+            rows.forward(model, values)
 
 
 def test_the_host_table_names_processors_that_can_be_entered() -> None:

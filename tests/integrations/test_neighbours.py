@@ -14,9 +14,11 @@ import pytest
 import rows
 import tiny_pipelines
 import torch
+from safetensors import safe_open
 from torch import nn
 
 import vsparse
+from vsparse.integrations.diffusers import placement
 
 ORDER = pytest.mark.parametrize("order", ["before", "after"])
 METHOD = pytest.mark.parametrize("method", rows.METHODS)
@@ -241,6 +243,17 @@ def test_group_offloading(order: str, method: str) -> None:
         assert all(map(torch.equal, outputs(patch, model, values), wanted))
 
 
+def test_ours_stand_on_the_device_that_layers_are_moved_to() -> None:
+    """Where an offloader moves single layers, ours would be left behind: they are made where it computes."""
+    model, _ = rows.build("wan")
+    attention = model.blocks[0].attn1
+    cpu = torch.device("cpu")
+    model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    attention.to_q._diffusers_hook.hooks["group_offloading"].group.onload_device = torch.device("meta")
+    assert placement(attention) == (torch.device("meta"), torch.float32)
+    assert placement(model.blocks[1].attn1) == (cpu, torch.float32)
+
+
 # ---- storage and projections -------------------------------------------------------------------------------------
 
 
@@ -335,6 +348,8 @@ def test_the_hosts_own_save_writes_stock_keys(host: str, tmp_path: Path, caplog:
         ]
         assert torch.equal(rows.forward(model, values), wanted)
         assert any(".vsparse." in name for name in model.state_dict())
+    with safe_open(next((tmp_path / "model").glob("*.safetensors")), "pt") as content:
+        assert set(content.keys()) == set(model.state_dict())
     # A copy, because weights that lie mapped in a file have another alignment, and with it another rounding.
     fresh = copy.deepcopy(type(model).from_pretrained(tmp_path / "model")).eval()
     assert list(fresh.state_dict()) == list(model.state_dict())
@@ -360,6 +375,8 @@ def test_a_pipeline_saves_stock_weights(tmp_path: Path) -> None:
     stock = built[0].transformer.state_dict()
     with rows.randomise(vsparse.apply(built[0], "vsa")):
         built[0].save_pretrained(tmp_path)
+    with safe_open(next((tmp_path / "transformer").glob("*.safetensors")), "pt") as content:
+        assert set(content.keys()) == set(stock)
     stored = DiffusionPipeline.from_pretrained(tmp_path).transformer.state_dict()
     assert list(stored) == list(stock)
     assert all(torch.equal(stored[name], stock[name]) for name in stock)
@@ -429,3 +446,19 @@ def test_inference_mode_does_not_poison_training(method: str) -> None:
     patch.remove()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_state_found_in_inference_mode_can_be_trained_on() -> None:
+    """A map searched in inference mode is reused where gradients are recorded."""
+    model, inputs = rows.build("wan")
+    values = rows.prompt("wan", inputs)
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with vsparse.apply(model, "adaspa", **rows.METHODS["adaspa"].sparse) as patch, patch.generation(rows.STEPS):
+            with mode(), patch.step(1):
+                model(**values)
+            for step in (2, 5):
+                with patch.step(step):
+                    model(**values)[0].square().sum().backward()
+        found.append(rows.gradients(model))
+    assert all(torch.equal(found[1][name], x) for name, x in found[0].items())

@@ -214,9 +214,24 @@ def test_a_bare_transformer_hears_the_pipeline_that_runs_it() -> None:
             _generate(built, callback_on_step_end=lambda *_: 1 / 0)
         assert torch.equal(_generate(built), wanted)
     name_only = tiny_pipelines.wan_image()
-    with vsparse.apply(name_only[0].transformer, "adaspa", **BLOCK):
-        with pytest.raises(ValueError, match=r"nothing tells it: patch the pipeline instead of the bare model"):
-            _generate(name_only)
+    words = r"nothing tells it: patch the pipeline instead of the bare model"
+    with vsparse.apply(name_only[0].transformer, "adaspa", **BLOCK), pytest.raises(ValueError, match=words):
+        _generate(name_only)
+
+
+def test_a_run_that_starts_over_holds_nothing_of_the_last() -> None:
+    """A bare model is told steps by its cache context alone: a step that goes back begins a run."""
+    model, inputs = rows.build("wan")
+    values = rows.prompt("wan", inputs)
+    with vsparse.apply(model, "adaspa", **BLOCK) as patch:
+        held = []
+        for i in (0, 1, 2, 3, 0, 1):
+            with model.cache_context("cond", step_index=i, num_inference_steps=rows.STEPS):
+                rows.forward(model, values)
+            held.append(patch.stats()["state_bytes"] > 0)
+        assert held == [False, True, True, True, False, True]
+        with pytest.raises(ValueError, match="depends on the denoising step, and nothing tells it"):
+            rows.forward(model, values)  # outside of the context nothing is known any more
 
 
 def test_a_scheduler_exchanged_after_apply_is_heard() -> None:
@@ -290,6 +305,20 @@ def test_removing_two_experts_restores_both() -> None:
     assert all(rows.footprint(model) != mark for model, mark in zip(models, marks, strict=True))
     patch.remove()
     assert [rows.footprint(model) for model in models] == marks
+
+
+def test_one_model_in_the_place_of_both_experts_is_patched_once() -> None:
+    built = tiny_pipelines.wan(experts=2)
+    pipe = built[0]
+    pipe.transformer_2 = pipe.transformer
+    dense = _generate(built)
+    mark = rows.footprint(pipe.transformer)
+    with vsparse.apply(pipe, "adaspa", **BLOCK) as patch, heard(pipe.transformer) as phases:
+        assert len(patch.sites) == 2
+        _generate(built)
+    assert phases == [(0, phase) for phase in ADASPA for _ in ("cond", "uncond")]
+    assert rows.footprint(pipe.transformer) == mark
+    assert torch.equal(_generate(built), dense)
 
 
 def test_a_pipeline_interrupted_and_started_again_is_undisturbed() -> None:

@@ -52,7 +52,12 @@ def test_arguments_that_a_pipeline_does_not_take_are_refused() -> None:
         generate(Pipe(), prompt="x", seed=0, frames=3, guidance=2.0)
 
 
-def test_a_pipeline_that_lacks_ftfy_says_so() -> None:
+def test_a_pipeline_that_lacks_ftfy_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     built = tiny_pipelines.wan_vace()
+
+    def missing(*_: object, **__: object) -> object:
+        raise NameError("name 'ftfy' is not defined", name="ftfy")
+
+    monkeypatch.setattr(built[0], "encode_prompt", missing)
     with pytest.raises(ImportError, match="WanVACEPipeline of this diffusers needs ftfy: pip install ftfy"):
         generate(built[0], prompt="a cat", seed=0, height=32, width=32, frames=5, steps=1)

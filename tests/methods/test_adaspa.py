@@ -117,17 +117,23 @@ def test_selection_by_hand(grid: vsparse.Grid, method: AdaSpa) -> None:
     shape = (2, grid.tokens, heads, DIM)
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
     q *= torch.tensor([0.3, 2.5, 0.6, 4.0], dtype=torch.float64)[:, None]  # flat heads recall little, sharp ones much
-    one = driven(method, grid, heads)
-    one.module.double()
-    one(q, k, v)
-    mass = mass_by_hand(probabilities(q, k, one.valid()), one.token_blocks())
     even = torch.full((2, heads), method.density, dtype=torch.float64)
+    one = driven(method, grid, heads)
+    mass = mass_by_hand(probabilities(q, k, one.valid()), one.token_blocks())
     densities = even
     if method.head_adaptive:
-        base, text = chosen_by_hand(mass, one, even), is_text(one)
-        recall = (mass * base)[:, :, ~text].sum((-1, -2)) / mass[:, :, ~text].sum((-1, -2))
-        densities = densities_by_hand(recall, method)
+        kept, rows = mass * chosen_by_hand(mass, one, even), ~is_text(one)
+        recall = kept[:, :, rows].sum((-1, -2)) / mass[:, :, rows].sum((-1, -2))
+        # A level just above the second best recall: text rows, always full, would lift that head over it, if counted.
+        best, second = recall[0].topk(2).values
+        lifted = (kept.sum((-1, -2)) / mass.sum((-1, -2)))[0].topk(2).values[1]
+        assert bool(lifted > second) is bool(grid.text)
+        level = float((second + (torch.minimum(best, lifted) if grid.text else best)) / 2)
+        one = driven(method.replace(recall=level), grid, heads)  # type: ignore[arg-type]
+        densities = densities_by_hand(recall, one.method)  # type: ignore[arg-type]
         assert len(densities.unique()) > 1
+    one.module.double()
+    one(q, k, v)
     assert torch.equal(known(one), chosen_by_hand(mass, one, densities))
 
 

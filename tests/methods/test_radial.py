@@ -97,7 +97,7 @@ def test_density_falls_with_length() -> None:
         one = Driven(Radial(), vsparse.Grid(t=frames, h=45, w=80))
         shares.append(one.method.predicted_density(one.layout, one.site))
     assert 0.2 < shares[0] < 0.3
-    assert shares[1] < 0.65 * shares[0]
+    assert shares[1] < 0.75 * shares[0]
 
 
 def test_defaults_are_those_of_wan() -> None:

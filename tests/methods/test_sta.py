@@ -66,7 +66,7 @@ def test_attention_by_hand(grid: vsparse.Grid, method: STA) -> None:
 
 
 @given(
-    grid=st.builds(vsparse.Grid, t=st.integers(1, 9), h=st.integers(1, 9), w=st.integers(1, 9)),
+    grid=st.builds(vsparse.Grid, t=st.integers(1, 7), h=st.integers(1, 6), w=st.integers(1, 6)),
     window=st.tuples(*[st.sampled_from([1, 3, 5, None])] * 3),
     tile=st.tuples(*[st.integers(1, 3)] * 3),
 )

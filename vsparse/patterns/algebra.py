@@ -23,9 +23,11 @@ from vsparse.patterns.counting import (
     Relations,
     all_differences,
     axis_tables,
+    both,
     count_axes,
     count_differences,
     difference_table,
+    negated,
 )
 
 __all__ = [
@@ -151,30 +153,32 @@ def judged(pattern: Pattern, q: Box, k: Box, grid: Grid) -> Bounds:
     return pattern.bounds(q, k, grid)
 
 
-def _negated(axes: Relations | None, grid: Grid) -> Relations | None:
-    """The complement of a relation per axis is of that form only if at most one axis is restricted."""
-    if axes is None:
-        return None
-    bound = [axis for axis, relation in enumerate(axes) if relation is not None]
-    if len(bound) > 1:
-        return None
-    axis = bound[0] if bound else 0
-    relation = axes[axis]
-    new: list[Tensor | None] = [None, None, None]
-    new[axis] = torch.zeros(grid.t, grid.t, dtype=torch.bool) if relation is None else ~relation
-    return new[0], new[1], new[2]
+class _Composite(Pattern):
+    """A pattern made of others."""
 
+    @abc.abstractmethod
+    def members(self) -> tuple[Pattern, ...]:
+        """What it is made of."""
 
-def _joint(a: Relations, b: Relations) -> Relations:
-    t, h, w = (y if x is None else x if y is None else x & y for x, y in zip(a, b, strict=True))
-    return t, h, w
+    def restricts(self, grid: Grid) -> frozenset[int]:
+        """Those of any member."""
+        return frozenset().union(*(member.restricts(grid) for member in self.members()))
+
+    @property
+    def invariant(self) -> bool:
+        """If all members are."""
+        return all(member.invariant for member in self.members())
 
 
 @dc.dataclass(frozen=True, repr=False, kw_only=True)
-class Complement(Pattern):
+class Complement(_Composite):
     """Every pair that a pattern does not keep."""
 
     part: Pattern
+
+    def members(self) -> tuple[Pattern, ...]:
+        """The part."""
+        return (self.part,)
 
     def bounds(self, q: Box, k: Box, grid: Grid) -> Bounds:
         """Those of the part, inverted."""
@@ -186,16 +190,7 @@ class Complement(Pattern):
 
     def axes(self, grid: Grid) -> Relations | None:
         """Of the part, if it restricts one axis only."""
-        return _negated(self.part.axes(grid), grid)
-
-    def restricts(self, grid: Grid) -> frozenset[int]:
-        """Those of the part."""
-        return self.part.restricts(grid)
-
-    @property
-    def invariant(self) -> bool:
-        """As the part."""
-        return self.part.invariant
+        return negated(self.part.axes(grid), grid)
 
     def __invert__(self) -> Pattern:
         return self.part
@@ -205,10 +200,14 @@ class Complement(Pattern):
 
 
 @dc.dataclass(frozen=True, repr=False, kw_only=True)
-class Intersection(Pattern):
+class Intersection(_Composite):
     """Pairs that all of several patterns keep."""
 
     parts: tuple[Pattern, ...]
+
+    def members(self) -> tuple[Pattern, ...]:
+        """The parts."""
+        return self.parts
 
     def bounds(self, q: Box, k: Box, grid: Grid) -> Bounds:
         """What the parts allow to conclude; parts that can be judged exactly together are."""
@@ -230,27 +229,22 @@ class Intersection(Pattern):
             axes = part.axes(grid)
             if axes is None:
                 return None
-            joint = _joint(joint, axes)
+            joint = both(joint, axes)
         return joint
-
-    def restricts(self, grid: Grid) -> frozenset[int]:
-        """Those of any part."""
-        return frozenset().union(*(part.restricts(grid) for part in self.parts))
-
-    @property
-    def invariant(self) -> bool:
-        """If all parts are."""
-        return all(part.invariant for part in self.parts)
 
     def __repr__(self) -> str:
         return f"({' & '.join(map(repr, self.parts))})"
 
 
 @dc.dataclass(frozen=True, repr=False, kw_only=True)
-class Union(Pattern):
+class Union(_Composite):
     """Pairs that any of several patterns keeps."""
 
     parts: tuple[Pattern, ...]
+
+    def members(self) -> tuple[Pattern, ...]:
+        """The parts."""
+        return self.parts
 
     def bounds(self, q: Box, k: Box, grid: Grid) -> Bounds:
         """By De Morgan: not (not a and not b)."""
@@ -262,26 +256,21 @@ class Union(Pattern):
 
     def axes(self, grid: Grid) -> Relations | None:
         """By De Morgan; exists when all parts restrict one and the same axis."""
-        return _negated(Intersection(parts=tuple(~part for part in self.parts)).axes(grid), grid)
-
-    def restricts(self, grid: Grid) -> frozenset[int]:
-        """Those of any part."""
-        return frozenset().union(*(part.restricts(grid) for part in self.parts))
-
-    @property
-    def invariant(self) -> bool:
-        """If all parts are."""
-        return all(part.invariant for part in self.parts)
+        return negated(Intersection(parts=tuple(~part for part in self.parts)).axes(grid), grid)
 
     def __repr__(self) -> str:
         return f"({' | '.join(map(repr, self.parts))})"
 
 
 @dc.dataclass(frozen=True, repr=False, kw_only=True)
-class Transposed(Pattern):
+class Transposed(_Composite):
     """A pattern with queries and keys exchanged."""
 
     part: Pattern
+
+    def members(self) -> tuple[Pattern, ...]:
+        """The part."""
+        return (self.part,)
 
     def bounds(self, q: Box, k: Box, grid: Grid) -> Bounds:
         """Those of the part with its arguments exchanged."""
@@ -298,15 +287,6 @@ class Transposed(Pattern):
             return None
         t, h, w = (None if x is None else x.T for x in axes)
         return t, h, w
-
-    def restricts(self, grid: Grid) -> frozenset[int]:
-        """Those of the part."""
-        return self.part.restricts(grid)
-
-    @property
-    def invariant(self) -> bool:
-        """As the part."""
-        return self.part.invariant
 
     @property
     def T(self) -> Pattern:  # noqa: N802
@@ -358,9 +338,9 @@ def block_map(pattern: Pattern | tuple[Pattern, ...], layout: Layout, *, text: T
             "a pattern needs an order that all samples and heads share, "
             f"got slot_token {tuple(layout.slot_token.shape)}"
         )
-    masks = {p: _block_mask(_Request(p, text, layout.key, layout)) for p in dict.fromkeys(heads)}
     with _plain():
-        blocking = layout.bind()
+        blocking, on_cpu = layout.bind(), layout.to("cpu")
+        masks = {p: _block_mask(_Request(p, text, layout.key, on_cpu)) for p in dict.fromkeys(heads)}
         capacity = max(_longest(mask) for mask in masks.values())
         rows = {p: _lists(mask, capacity) for p, mask in masks.items()}
         index, count = (torch.stack([rows[p][i] for p in heads])[None] for i in range(2))
@@ -370,7 +350,7 @@ def block_map(pattern: Pattern | tuple[Pattern, ...], layout: Layout, *, text: T
 
 @dc.dataclass(frozen=True)
 class _Request:
-    """The key of a cached block form; the layout follows from its key and is not compared."""
+    """The key of a cached block form; the layout, on the CPU, follows from its key and is not compared."""
 
     pattern: Pattern
     text: TextRule
@@ -381,13 +361,12 @@ class _Request:
 @functools.lru_cache(maxsize=64)
 def _block_mask(request: _Request) -> Tensor:
     layout, pattern = request.layout, request.pattern
-    with _plain():
-        axes = sorted(pattern.restricts(layout.grid))
-        keep = kept_pairs(functools.partial(_bounds, pattern, layout.grid), layout, axes)
-        keep = _with_text(pattern, keep, layout.segment.cpu() == int(Segment.TEXT), request.text)
-        used = layout.length[0, 0].cpu() > 0
-        keep = keep & used & used[:, None]
-        return keep | ((keep | ~used).all(-1) & used)[:, None]
+    axes = sorted(pattern.restricts(layout.grid))
+    keep = kept_pairs(functools.partial(_bounds, pattern, layout.grid), layout, axes)
+    keep = _with_text(pattern, keep, layout.segment == int(Segment.TEXT), request.text)
+    used = layout.length[0, 0] > 0
+    keep = keep & used & used[:, None]
+    return keep | ((keep | ~used).all(-1) & used)[:, None]
 
 
 def _bounds(pattern: Pattern, grid: Grid, q: Box, k: Box) -> Bounds:

@@ -97,9 +97,9 @@ class _Shapes:
     @classmethod
     def of(cls, layout: Layout, axes: Sequence[int]) -> _Shapes:
         grid = layout.grid
-        slot_token = layout.slot_token[0, 0].cpu()
+        slot_token = layout.slot_token[0, 0]
         token = slot_token[slot_token >= 0]
-        owner, place = layout.token_block[0, 0].cpu()[token], token - grid.text_before
+        owner, place = layout.token_block[0, 0][token], token - grid.text_before
         video = (place >= 0) & (place < grid.video)
         owner, cells = owner[video], Box.lattice(grid).at(place[video])
         for axis in (2, 1, 0):

@@ -16,9 +16,11 @@ __all__ = [
     "Relations",
     "all_differences",
     "axis_tables",
+    "both",
     "count_axes",
     "count_differences",
     "difference_table",
+    "negated",
 ]
 
 Relations = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -26,6 +28,26 @@ Relations = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 AxisTables = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Prefix sums ``[n + 1, n + 1]`` of the relation of each axis; None: any positions."""
+
+
+def both(a: Relations, b: Relations) -> Relations:
+    """Two rules of this form that must both hold."""
+    t, h, w = (y if x is None else x if y is None else x & y for x, y in zip(a, b, strict=True))
+    return t, h, w
+
+
+def negated(relations: Relations | None, grid: Grid) -> Relations | None:
+    """The complement, which is of this form only if at most one axis is restricted; else None."""
+    if relations is None:
+        return None
+    bound = [axis for axis, relation in enumerate(relations) if relation is not None]
+    if len(bound) > 1:
+        return None
+    axis = bound[0] if bound else 0
+    relation = relations[axis]
+    new: list[Tensor | None] = [None, None, None]
+    new[axis] = torch.zeros(grid.t, grid.t, dtype=torch.bool) if relation is None else ~relation
+    return new[0], new[1], new[2]
 
 
 def axis_tables(relations: Relations) -> AxisTables:
