@@ -26,8 +26,8 @@ def block_sparse_attention(
     assert skip_threshold is None
     wide = statistics_dtype(q.dtype)
     plan = Plan(blocks, q, k, wide)
-    out = torch.zeros(q.shape, dtype=q.dtype)
-    lse = torch.full(q.shape[:3], -torch.inf, dtype=wide)
+    out = q.new_zeros(q.shape)
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
     rows, flat_out, flat_lse = (flat(q), flat(k), flat(v)), flat(out), flat(lse)
     key_major = plan.key_major
     for lanes in plan.groups():
@@ -63,11 +63,7 @@ def block_sparse_attention_backward(
     """Implements `vsparse.reference.block_sparse_attention_backward`."""
     wide = statistics_dtype(q.dtype)
     plan = Plan(blocks, q, k, wide)
-    grads = (
-        torch.zeros(q.shape, dtype=q.dtype),
-        torch.zeros(k.shape, dtype=k.dtype),
-        torch.zeros(v.shape, dtype=v.dtype),
-    )
+    grads = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     rows = (flat(q), flat(k), flat(v))
     saved = (flat(grad_out), None if grad_lse is None else flat(grad_lse), flat(out), flat(lse))
     key_major = plan.key_major

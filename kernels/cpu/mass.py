@@ -10,7 +10,7 @@ from vsparse.layouts import Blocking
 from vsparse.reference import statistics_dtype
 
 from .attention import block_sparse_attention
-from .rows import Chunk, Plan, Tokens, flat
+from .rows import Chunk, Plan, Tokens, flat, upto
 
 __all__ = ["block_mass", "search_attention"]
 
@@ -34,7 +34,7 @@ def block_mass(
     blocks = BlockMap.full(q_blocking, k_blocking) if candidates is None else candidates
     offsets = None if rows is None else rows[rows >= 0].unique()
     plan = Plan(blocks, q, k, wide, label=True, offsets=offsets)
-    mass = torch.zeros(q.shape[0], q.shape[2], q_blocking.blocks, k_blocking.blocks, dtype=wide)
+    mass = q.new_zeros(q.shape[0], q.shape[2], q_blocking.blocks, k_blocking.blocks, dtype=wide)
     sources = (flat(q), flat(k), flat(lse))
     for lanes in plan.groups():
         for chunk in plan.full_rows(lanes):
@@ -59,7 +59,7 @@ def _full_mass(chunk: Chunk, sources: tuple[Tensor, Tensor, Tensor], scale: floa
     """Add the mass of lanes whose queries attend to all keys, some queries at a time."""
     lanes, query_blocks, key_blocks = len(chunk.target), *mass.shape[2:]
     keys = chunk.k.take(sources[1], mass.dtype)
-    column = (_label(chunk.k) + torch.arange(lanes)[:, None] * key_blocks).flatten()
+    column = (_label(chunk.k) + upto(lanes)[:, None] * key_blocks).flatten()
     target = chunk.target[:, None] * query_blocks + _label(chunk.q)
     step = max(32, TILE // chunk.k.row.numel())
     for begin in range(0, target.shape[1], step):

@@ -18,7 +18,7 @@ __all__ = ["block_pool", "block_pool_backward"]
 def block_pool(x: Tensor, blocking: Blocking) -> tuple[Tensor, Tensor]:
     """Implements `vsparse.reference.block_pool`; reads every valid slot once, the others never."""
     wide = statistics_dtype(x.dtype)
-    mean = torch.zeros(x.shape[0], blocking.blocks, *x.shape[2:], dtype=wide)
+    mean = x.new_zeros(x.shape[0], blocking.blocks, *x.shape[2:], dtype=wide)
     spread, source = torch.zeros_like(mean), flat(x)
     for row, block in _slots(blocking, x):
         value = source.index_select(0, row).to(wide)
@@ -31,7 +31,7 @@ def block_pool(x: Tensor, blocking: Blocking) -> tuple[Tensor, Tensor]:
 
 def block_pool_backward(grad: Tensor, x: Tensor, blocking: Blocking) -> Tensor:
     """Implements `vsparse.reference.block_pool_backward`."""
-    out = torch.zeros(x.shape, dtype=x.dtype)
+    out = x.new_zeros(x.shape)
     share, target = flat(grad / _counts(blocking, x)), flat(out)
     for row, block in _slots(blocking, x):
         target[row] = share.index_select(0, block).to(x.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 from vsparse.blocks import BlockMap
 from vsparse.layouts import Blocking
 
-__all__ = ["Chunk", "Lanes", "Plan", "Tokens", "flat", "lane_groups", "tokens"]
+__all__ = ["Chunk", "Lanes", "Plan", "Tokens", "flat", "lane_groups", "tokens", "upto"]
 
 # Elements of one gathered tensor in a chunk, of one lane in a group of lanes, and queries of a key-major set. K and V
 # of a chunk then take 2 MiB in float32, which the second-level caches of two cores hold; a group is what one pass keeps
@@ -23,6 +23,11 @@ __all__ = ["Chunk", "Lanes", "Plan", "Tokens", "flat", "lane_groups", "tokens"]
 CHUNK = 1 << 18
 GROUP = 1 << 19
 PART = 512
+
+
+def upto(n: int) -> Tensor:
+    """0, 1, ... n - 1 as int64 on the CPU, whatever the default device is."""
+    return torch.arange(n, device="cpu")
 
 
 def flat(x: Tensor) -> Tensor:
@@ -69,7 +74,7 @@ def tokens(
         offsets: ``[R]`` int64, the slots of a block to list, those past its length left out; None: all valid ones.
     """
     shortest, longest = (int(x) for x in length.aminmax())
-    place = torch.arange(longest) if offsets is None else offsets
+    place = upto(longest) if offsets is None else offsets
     row = start[..., None] + place * stride
     wide = None if label is None else label[..., None].expand_as(row)
     if offsets is None and shortest == longest:
@@ -83,7 +88,7 @@ def tokens(
         return Tokens(row.flatten(1), valid, None if wide is None else wide.flatten(1))
     inside = place < length[..., None]
     size = inside.sum((1, 2))
-    valid = torch.arange(int(size.max())) < size[:, None]
+    valid = upto(int(size.max())) < size[:, None]
     first = size.cumsum(0) - size
 
     def padded(x: Tensor) -> Tensor:
@@ -108,8 +113,8 @@ class Lanes:
         batch, slots, heads = x.shape[:3]
         start = blocking.start
         if start is None:
-            start = (torch.arange(blocking.blocks) * blocking.block)[None, None]
-        first = torch.arange(batch)[:, None] * (slots * heads) + torch.arange(heads)
+            start = (upto(blocking.blocks) * blocking.block)[None, None]
+        first = upto(batch)[:, None] * (slots * heads) + upto(heads)
         shape = (batch, heads, blocking.blocks)
         self.start = (start.long() * heads + first[..., None]).expand(shape).flatten(0, 1)
         self.length = blocking.length.long().expand(shape).flatten(0, 1)
@@ -120,7 +125,7 @@ class Lanes:
     def tokens(self, lanes: Tensor, *, keep: Tensor | None = None, label: bool = False) -> Tokens:
         """Tokens of whole lanes ``[n]``, or of the blocks that ``keep [n, K]`` marks; ``label`` asks for block ids."""
         length = self.length[lanes] if keep is None else torch.where(keep, self.length[lanes], 0)
-        block = torch.arange(length.shape[1]).expand_as(length) if label else None
+        block = upto(length.shape[1]).expand_as(length) if label else None
         return tokens(self.start[lanes], length, self.stride, label=block, offsets=self.offsets)
 
     def listed(self, lanes: Tensor, block: Tensor, length: Tensor | None = None, *, label: bool = False) -> Tokens:
@@ -132,7 +137,7 @@ class Lanes:
 
 def lane_groups(lanes: int, elements: int, least: int = 1) -> Iterator[Tensor]:
     """Runs of ``least`` or more lanes, each lane with ``elements`` elements, about ``GROUP`` elements together."""
-    yield from torch.arange(lanes).split(max(least, GROUP // elements))
+    yield from upto(lanes).split(max(least, GROUP // elements))
 
 
 @dc.dataclass(frozen=True)
@@ -175,7 +180,7 @@ class Plan:
         self.full = (count == blocks.k.blocks) & (self.q.size > 0)
         self.count = torch.where(self.full | (self.q.size == 0), 0, count)
         self.index = blocks.index.flatten(0, 1)
-        lists = torch.arange(len(self.index)).view(blocks.index.shape[:2])
+        lists = upto(len(self.index)).view(blocks.index.shape[:2])
         self.list_of_lane = lists.expand(lead).flatten()
         self.bias = None
         if blocks.key_bias is not None:
@@ -229,7 +234,7 @@ class Plan:
         """Key-major chunks: one key block of each lane with the queries that keep it; no query twice in a chunk."""
         count, index, used = self._lists(lanes)
         blocks = self.k.size.shape[1]
-        keep = torch.zeros(*count.shape, blocks + 1, dtype=torch.bool)
+        keep = count.new_zeros(*count.shape, blocks + 1, dtype=torch.bool)
         keep = keep.scatter_(2, torch.where(used, index, blocks), True).transpose(1, 2).contiguous()
         for block in range(blocks):
             rows = keep[:, block] & (self.q.size[lanes] > 0)
@@ -245,7 +250,7 @@ class Plan:
         """``count [n, Q]``, ``index [n, Q, M]`` int64 and which of its entries are used, full rows left out."""
         count = self.count[lanes]
         index = self.index[self.list_of_lane[lanes], :, : int(count.max())].long()
-        return count, index, torch.arange(index.shape[2]) < count[..., None]
+        return count, index, upto(index.shape[2]) < count[..., None]
 
 
 def _by_size(major: Tensor, minor: Tensor) -> Tensor:

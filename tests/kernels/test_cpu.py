@@ -187,6 +187,22 @@ def test_two_runs_are_bit_equal_and_leave_the_generator_alone() -> None:
         assert torch.equal(value, second[name]), name
 
 
+def test_another_default_device_does_not_matter() -> None:
+    case = make(5, q=(12, 1))
+    sides = case.blocks.q, case.blocks.k
+
+    def all_ops(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        out, lse = vsparse.block_sparse_attention(q, k, v, case.blocks)
+        mass = vsparse.block_mass(q, k, lse, *sides, candidates=case.blocks)
+        return out, lse, mass, *vsparse.search_attention(k, k, v, sides[1]), vsparse.block_pool(q, sides[0])
+
+    here = oracle.run(all_ops, case.inputs, grads=False)
+    with torch.device("meta"):
+        there = all_ops(*case.inputs)
+    for mine, theirs in zip(here.values(), there, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_strided_inputs() -> None:
     case = make(6)
     wide = [torch.cat([x, x], -1).transpose(0, 1).contiguous().transpose(0, 1)[..., :16] for x in case.inputs]

@@ -28,14 +28,13 @@ class STA(StaticMethod):
         window: Frames, rows and columns of the window in tiles: odd, or None for the whole axis, as is any width that
             covers it. One window for all heads, or a tuple with one per head. Default: (30, 40, 40) positions of
             30 x 48 x 80, the paper's training-free setting for HunyuanVideo, 58 % sparse. Its fine-tuned one,
-            (18, 24, 24) or 91 % sparse, is ``(3, 3, 3)``. The released mask search has a window per step, layer and
-            head; those come from a profile.
+            (18, 24, 24) or 91 % sparse, is ``(3, 3, 3)``.
         tile: Frames, rows and columns of a tile.
         block: Slots of a block of the kernel; a tile spans ``ceil(prod(tile) / block)`` of them.
 
     Schedule: the first 15 of 50 steps are dense (``skip_time_steps`` of FastVideo for HunyuanVideo; 12 for Wan).
-    Differs from the released code: any grid, ragged tiles at its far edges instead of padding with repeated tokens;
-    text of any length, before or after the video.
+    Differs from the released code: no window per step and layer, which its mask search finds offline; any grid, with
+    ragged tiles at its far edges instead of padding with repeated tokens; text of any length, on either side.
     """
 
     key: ClassVar[str] = "sta"
