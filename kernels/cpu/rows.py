@@ -18,8 +18,8 @@ from vsparse.layouts import Blocking
 __all__ = ["Chunk", "Lanes", "Plan", "Tokens", "flat", "lane_groups", "tokens", "upto"]
 
 # Elements of one gathered tensor in a chunk, of one lane in a group of lanes, and queries of a key-major set. K and V
-# of a chunk then take 2 MiB in float32, which the second-level caches of two cores hold; a group is what one pass keeps
-# warm, and what its sums take.
+# of a chunk then take 2 MiB in float32, which the second-level caches of two cores hold; large problems take chunks up
+# to four times as large, for fewer calls. A group is what one pass keeps warm, and what its sums take.
 CHUNK = 1 << 18
 GROUP = 1 << 19
 PART = 512
@@ -176,6 +176,7 @@ class Plan:
         lead = (q.shape[0], q.shape[2])
         self.q, self.k = Lanes(blocks.q, q, offsets), Lanes(blocks.k, k)
         self.lanes, self.width, self.dtype = lead[0] * lead[1], q.shape[-1], dtype
+        self.chunk = min(max(CHUNK, q.numel() // 16), 4 * CHUNK) // self.width
         count = blocks.count.long().expand(*lead, -1).flatten(0, 1)
         self.full = (count == blocks.k.blocks) & (self.q.size > 0)
         self.count = torch.where(self.full | (self.q.size == 0), 0, count)
@@ -211,7 +212,7 @@ class Plan:
         """Chunks of lanes, each with the queries of its full rows against all its keys."""
         keys = self.k.size[lanes].sum(1)
         order = _by_size((self.q.size[lanes] * self.full[lanes]).sum(1), keys)
-        for part in _cut(order, keys[order], self.width):
+        for part in _cut(order, keys[order], self.chunk):
             lane = lanes[part]
             q = self.q.tokens(lane, keep=self.full[lane], label=self.label)
             yield self._chunk(lane, q, self.k.tokens(lane, label=self.label), lane)
@@ -225,7 +226,7 @@ class Plan:
         size, rows = length.sum(1), self.q.size.shape[1]
         # Flash attention on CPU works on tiles of 32 queries: lists with as many tiles go together.
         order = _by_size((self.q.size[lanes].flatten() + 31) // 32, size)
-        for part in _cut(order, size[order], self.width):
+        for part in _cut(order, size[order], self.chunk):
             lane, block, entries = lanes[part // rows], part % rows, int(count[part].max())
             k = self.k.listed(lane, index[part, :entries], length[part, :entries], label=self.label)
             yield self._chunk(lane, self.q.listed(lane, block[:, None]), k, lane * rows + block)
@@ -260,11 +261,11 @@ def _by_size(major: Tensor, minor: Tensor) -> Tensor:
     return work[key.argsort(descending=True, stable=True)]
 
 
-def _cut(order: Tensor, size: Tensor, width: int) -> Iterator[Tensor]:
-    """Cut ordered items into chunks of about ``CHUNK`` gathered elements, at least one item per thread."""
+def _cut(order: Tensor, size: Tensor, room: int) -> Iterator[Tensor]:
+    """Cut ordered items into chunks of about ``room`` tokens, at least one item per thread."""
     sizes, begin = size.tolist(), 0
     while begin < len(sizes):
-        end = begin + max(torch.get_num_threads(), CHUNK // (sizes[begin] * width))
+        end = begin + max(torch.get_num_threads(), room // sizes[begin])
         yield order[begin:end]
         begin = end
 
