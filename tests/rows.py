@@ -269,17 +269,23 @@ def product(**axes: Iterable[Any]) -> list[tuple[Any, ...]]:
     return list(itertools.product(*(list(axis) for axis in axes.values())))
 
 
-def pairwise(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """A few of the rows that hold every pair of values which any row holds; greedy, always the same choice."""
+def pairwise(rows: list[tuple[Any, ...]], setting: slice = slice(0)) -> list[tuple[Any, ...]]:
+    """A few of the rows that hold every pair of values which any row holds; greedy, always the same choice.
+
+    Args:
+        setting: Entries of a row that are expensive to prepare: of rows as good, one that shares them is taken.
+    """
 
     def pairs(row: tuple[Any, ...]) -> set[tuple[int, Any, int, Any]]:
         return {(i, row[i], j, row[j]) for i, j in itertools.combinations(range(len(row)), 2)}
 
     missing = set().union(*map(pairs, rows))
-    chosen = []
+    chosen: list[tuple[Any, ...]] = []
+    prepared: set[tuple[Any, ...]] = set()
     while missing:
-        best = max(rows, key=lambda row: len(pairs(row) & missing))
+        best = max(rows, key=lambda row: (len(pairs(row) & missing), row[setting] in prepared))
         chosen.append(best)
+        prepared.add(best[setting])
         missing -= pairs(best)
     return chosen
 

@@ -53,6 +53,12 @@ class Tokens:
         taken = x.index_select(0, self.row.flatten()).to(dtype)
         return taken.view(*self.row.shape, *x.shape[1:])
 
+    def part(self, lists: slice, width: int) -> Tokens:
+        """Some of the lists, none of which is longer than ``width``."""
+        row, valid, label = (None if x is None else x[lists, :width] for x in (self.row, self.valid, self.label))
+        assert row is not None
+        return Tokens(row, None if valid is None or bool(valid.all()) else valid, label)
+
     def put(self, x: Tensor, value: Tensor) -> None:
         """Write ``value [n, L, ...]`` to the rows of ``x``, padding left out."""
         row, value = self.row.flatten(), value.flatten(0, 1)
@@ -128,11 +134,11 @@ class Lanes:
         block = upto(length.shape[1]).expand_as(length) if label else None
         return tokens(self.start[lanes], length, self.stride, label=block, offsets=self.offsets)
 
-    def listed(self, lanes: Tensor, block: Tensor, length: Tensor | None = None, *, label: bool = False) -> Tokens:
-        """Tokens of the blocks ``[n, c]`` of each lane ``[n]``; ``length [n, c]`` overrides theirs."""
+    def listed(self, lanes: Tensor, block: Tensor, *, label: bool = False) -> Tokens:
+        """Tokens of the blocks ``[n, c]`` of each lane ``[n]``."""
         place = lanes[:, None] * self.start.shape[1] + block
-        length = self.length.take(place) if length is None else length
-        return tokens(self.start.take(place), length, self.stride, label=block if label else None, offsets=self.offsets)
+        start, length = self.start.take(place), self.length.take(place)
+        return tokens(start, length, self.stride, label=block if label else None, offsets=self.offsets)
 
 
 def lane_groups(lanes: int, elements: int, least: int = 1) -> Iterator[Tensor]:
@@ -212,7 +218,8 @@ class Plan:
         """Chunks of lanes, each with the queries of its full rows against all its keys."""
         keys = self.k.size[lanes].sum(1)
         order = _by_size((self.q.size[lanes] * self.full[lanes]).sum(1), keys)
-        for part in _cut(order, keys[order], self.chunk):
+        lanes, keys = lanes[order], keys[order]
+        for part in _cut(keys, self.chunk):
             lane = lanes[part]
             q = self.q.tokens(lane, keep=self.full[lane], label=self.label)
             yield self._chunk(lane, q, self.k.tokens(lane, label=self.label), lane)
@@ -222,14 +229,21 @@ class Plan:
         count, index, used = self._lists(lanes)
         index = torch.where(used, index, 0)
         length = torch.where(used, self.k.length[lanes][:, None].expand(-1, count.shape[1], -1).gather(2, index), 0)
-        count, index, length = count.flatten(), index.flatten(0, 1), length.flatten(0, 1)
-        size, rows = length.sum(1), self.q.size.shape[1]
+        size, queries = length.sum(2).flatten(), self.q.size[lanes].flatten()
         # Flash attention on CPU works on tiles of 32 queries: lists with as many tiles go together.
-        order = _by_size((self.q.size[lanes].flatten() + 31) // 32, size)
-        for part in _cut(order, size[order], self.chunk):
-            lane, block, entries = lanes[part // rows], part % rows, int(count[part].max())
-            k = self.k.listed(lane, index[part, :entries], length[part, :entries], label=self.label)
-            yield self._chunk(lane, self.q.listed(lane, block[:, None]), k, lane * rows + block)
+        order = _by_size((queries + 31) // 32, size)
+        if not len(order):
+            return
+        lane, block = lanes[order // count.shape[1]], order % count.shape[1]
+        index, length = index.flatten(0, 1)[order], length.flatten(0, 1)[order]
+        start = self.k.start.take(lane[:, None] * self.k.start.shape[1] + index)
+        q, target = self.q.listed(lane, block[:, None]), lane * count.shape[1] + block
+        counts, widths = count.flatten()[order].tolist(), queries[order].tolist()
+        for part in _cut(size[order], self.chunk):
+            entries = max(counts[part])
+            label = index[part, :entries] if self.label else None
+            k = tokens(start[part, :entries], length[part, :entries], self.k.stride, label=label)
+            yield self._chunk(lane[part], q.part(part, max(widths[part])), k, target[part])
 
     def listed_columns(self, lanes: Tensor) -> Iterator[Chunk]:
         """Key-major chunks: one key block of each lane with the queries that keep it; no query twice in a chunk."""
@@ -261,12 +275,12 @@ def _by_size(major: Tensor, minor: Tensor) -> Tensor:
     return work[key.argsort(descending=True, stable=True)]
 
 
-def _cut(order: Tensor, size: Tensor, room: int) -> Iterator[Tensor]:
-    """Cut ordered items into chunks of about ``room`` tokens, at least one item per thread."""
+def _cut(size: Tensor, room: int) -> Iterator[slice]:
+    """Cut items of ``size`` tokens into chunks of about ``room`` tokens, at least one item per thread."""
     sizes, begin = size.tolist(), 0
     while begin < len(sizes):
         end = begin + max(torch.get_num_threads(), room // sizes[begin])
-        yield order[begin:end]
+        yield slice(begin, end)
         begin = end
 
 

@@ -24,6 +24,7 @@ from vsparse.integrations.diffusers import processors
 from vsparse.integrations.diffusers.hosts import HOSTS
 
 HOST_METHOD = pytest.mark.parametrize(("host", "method"), rows.both)
+THIN = pytest.mark.parametrize(("host", "method"), rows.thin)
 METHOD = pytest.mark.parametrize("method", rows.METHODS)
 HOST = pytest.mark.parametrize("host", rows.HOSTS)
 
@@ -290,7 +291,7 @@ def test_a_processor_replaced_after_apply_is_noticed() -> None:
 # ---- undisturbed -------------------------------------------------------------------------------------------------
 
 
-@HOST_METHOD
+@THIN
 def test_prompts_and_resolutions_do_not_disturb_each_other(host: str, method: str) -> None:
     model, inputs = rows.build(host)
     first, second = rows.prompt(host, inputs), rows.prompt(host, inputs, seed=1)
@@ -305,7 +306,7 @@ def test_prompts_and_resolutions_do_not_disturb_each_other(host: str, method: st
             assert all(map(torch.equal, outputs(patch, model, values), wanted))
 
 
-@HOST_METHOD
+@THIN
 def test_an_exception_in_mid_generation_leaves_nothing(host: str, method: str) -> None:
     model, inputs = rows.build(host)
     values = rows.prompt(host, inputs)
@@ -390,7 +391,7 @@ def test_two_patched_models_share_nothing(method: str) -> None:
         assert all(map(torch.equal, outputs(first, one, a), wanted_one))
 
 
-@HOST_METHOD
+@THIN
 def test_a_deepcopy_is_patched_and_independent(host: str, method: str) -> None:
     model, inputs = rows.build(host)
     values = rows.prompt(host, inputs)

@@ -51,6 +51,10 @@ _TRIALS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "vsa": ({"density": 0.5, "tile": (1, 8, 8)}, {"density": 0.25, "tile": (1, 8, 8)}),
     "adaspa": ({"density": 0.25},),
     "vmoba": ({"frames": 1, "patch": (4, 4), "cube": (5, 4, 4), "top_k": (2, 4, 4)},),
+    "sta": ({"tile": (1, 4, 4), "block": 16, "window": (3, 3, 3)},),
+    "radial": ({"least": 16, "block": 16},),
+    "nabla": ({"tile": (1, 4, 4), "block": 16, "window": (3, 1, 1)},),
+    "pattern": ({"pattern": "Window(size=(3, 9, 9))", "tile": (1, 4, 4), "block": 16},),
 }
 
 
