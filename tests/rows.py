@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses as dc
 import functools
@@ -20,6 +21,9 @@ from vsparse.methods import SparseAttention
 from vsparse.patterns import Stride, Window, same_frame
 
 STEPS = 10
+SHORT = 5
+# AdaSpa's published shares over 5 steps: the first search is the last dense step (step 0), the second is step 2.
+ADASPA = ["search", "reuse", "refresh", "reuse", "reuse"]
 GRIDS = ((3, 9, 11), (5, 7, 13), (6, 10, 14))
 SMALL = (2, 6, 7)
 
@@ -163,6 +167,22 @@ def randomise(patch: vsparse.Patch, seed: int = 0) -> vsparse.Patch:
     return patch
 
 
+def sparse(model: object, method: str, **more: Any) -> vsparse.Patch:
+    """A patch that drops blocks, with trained parts that show."""
+    return randomise(vsparse.apply(model, method, **METHODS[method].sparse, **more))
+
+
+@contextlib.contextmanager
+def patched(model: object, method: str, order: str, change: Callable[[], object]) -> Iterator[vsparse.Patch]:
+    """A sparse patch, and something else that is done to the model ``order`` = "before" or "after" it."""
+    if order == "before":
+        change()
+    with sparse(model, method) as patch:
+        if order == "after":
+            change()
+        yield patch
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Gradients of the host's own parameters and of the patch's, by name; they are taken away."""
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -206,6 +226,26 @@ def walk(patch: vsparse.Patch, phase: str, call: Callable[[str, int], Any], bran
                 with patch.step(step, branch=branch), torch.set_grad_enabled(step == last and torch.is_grad_enabled()):
                     results.append(call(branch, step))
     return results[-len(list(branches)) :]
+
+
+@contextlib.contextmanager
+def heard(*models: nn.Module) -> Iterator[list[tuple[int, str]]]:
+    """Index of the model and phase of its sites, for every forward."""
+    found: list[tuple[int, str]] = []
+
+    def listen(index: int, model: nn.Module) -> Any:
+        def hook(*_: object) -> None:
+            (phase,) = {site.phase for _, site in sites(model)}
+            found.append((index, phase))
+
+        return model.register_forward_hook(hook)
+
+    handles = [listen(index, model) for index, model in enumerate(models)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def generation(patch: vsparse.Patch, model: nn.Module, values: Mapping[str, Any], steps: int = STEPS) -> list[Tensor]:

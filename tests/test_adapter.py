@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -310,3 +311,16 @@ def test_an_adapter_can_be_moved(stored: Path, tmp_path: Path) -> None:
 def test_the_host_dtype_wins(stored: Path) -> None:
     with vsparse.load(rows.build("wan", dtype=torch.bfloat16)[0], stored) as patch:
         assert {x.dtype for x in patch.parameters()} == {torch.bfloat16}
+
+
+def test_without_safetensors_the_message_names_the_extra(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = rows.build("wan")
+    mark = rows.footprint(model)
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"safetensors.*vsparse\[diffusers\]"):
+        vsparse.load(model, stored)
+    assert rows.footprint(model) == mark
+    with vsparse.apply(model, "vsa") as patch, pytest.raises(ImportError, match=r"safetensors.*vsparse\[diffusers\]"):
+        patch.save(stored.parent / "other")
+    assert not (stored.parent / "other").exists()

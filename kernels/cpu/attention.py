@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vsparse.blocks import BlockMap
 from vsparse.reference import statistics_dtype
@@ -73,13 +76,14 @@ def block_sparse_attention_backward(
     for lanes in plan.groups():
         keys, values = _Sum(grads[1], lanes, wide), _Sum(grads[2], lanes, wide)
         queries = _Sum(grads[0], lanes, wide) if key_major else _Whole(grads[0])
+        totals = (queries, keys, values)
         for chunks, dtype in ((listed(lanes), wide), (plan.full_rows(lanes), long)):
             for chunk in chunks:
-                parts = _attend_backward(chunk, rows, saved, scale, dtype)
-                for total, to, part in zip((queries, keys, values), (chunk.q, chunk.k, chunk.k), parts, strict=True):
-                    total.add(to, part)
-                del parts, part  # before the next chunk makes its own
-        for total in (queries, keys, values):
+                for places, parts in _attend_backward(chunk, rows, saved, scale, dtype):
+                    for total, to, part in zip(totals, places, parts, strict=True):
+                        total.add(to, part)
+                    del parts, part  # before the next piece makes its own
+        for total in totals:
             total.close()
     return grads
 
@@ -88,13 +92,18 @@ def _attend(
     chunk: Chunk, rows: tuple[Tensor, Tensor, Tensor], scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """``out [n, A, D]`` and ``lse [n, A]`` of a chunk."""
-    q, k, v = (to.take(x, dtype).unsqueeze(1) for to, x in zip((chunk.q, chunk.k, chunk.k), rows, strict=True))
-    out, lse = _flash(q, k, v, attn_mask=_mask(chunk), scale=scale)
-    lse = lse.squeeze(1)
+    out, lses = chunk.q.take(rows[0], dtype).unsqueeze(1), []
+    for part, to, bias in chunk.pieces():
+        k, v = to.take(rows[1], dtype).unsqueeze(1), to.take(rows[2], dtype).unsqueeze(1)
+        piece, lse = _flash(out[part], k, v, attn_mask=_mask(bias), scale=scale)
+        out[part] = piece  # in the place of its queries, which nothing needs any more
+        lses.append(lse)
+        del k, v, piece  # before the next piece makes its own
+    lse = torch.cat(lses)
     if chunk.bias is not None:
         # Flash reports 0 for a row whose every key is masked.
-        lse = lse.masked_fill((chunk.bias == -torch.inf).all(1)[:, None], -torch.inf)
-    return out.squeeze(1), lse
+        lse = lse.masked_fill((chunk.bias == -torch.inf).all(1)[:, None, None], -torch.inf)
+    return out.squeeze(1), lse.squeeze(1)
 
 
 def _attend_backward(
@@ -103,35 +112,36 @@ def _attend_backward(
     saved: tuple[Tensor, Tensor | None, Tensor, Tensor],
     scale: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``dq [n, A, D]``, ``dk`` and ``dv [n, L, D]`` of a chunk."""
-    q, k, v = (to.take(x, dtype) for to, x in zip((chunk.q, chunk.k, chunk.k), rows, strict=True))
+) -> Iterator[tuple[tuple[Tokens, Tokens, Tokens], tuple[Tensor, Tensor, Tensor]]]:
+    """Piece by piece, the rows of q, k and v and their ``dq [n, A, D]``, ``dk`` and ``dv [n, L, D]``."""
     all_grad_out, all_grad_lse, all_out, all_lse = saved
-    grad_out, out, lse = (
-        chunk.q.take(all_grad_out, dtype),
-        chunk.q.take(all_out, dtype),
-        chunk.q.take(all_lse, all_lse.dtype),
-    )
+    q, grad_out, out = (chunk.q.take(x, dtype) for x in (rows[0], all_grad_out, all_out))
+    lse = chunk.q.take(all_lse, all_lse.dtype)
     idle = lse == -torch.inf
     if chunk.q.valid is not None:
         idle = idle | ~chunk.q.valid
     grad_out = grad_out.masked_fill(idle[..., None], 0)
     # Huge, not 0: the probabilities of an idle row must vanish however large its logits are.
     lse = lse.masked_fill(idle, torch.finfo(lse.dtype).max)
+    spare = 0
     if all_grad_lse is not None:
-        grad_lse = chunk.q.take(all_grad_lse, dtype).masked_fill(idle, 0)
         # dS = P (dP - sum(out dOut) + dLSE): one more column, 1 in out and -dLSE in dOut, and none in q, k, v.
-        q, k, v, out, grad_out = (torch.nn.functional.pad(x, (0, _SPARE)) for x in (q, k, v, out, grad_out))
+        grad_lse, spare = chunk.q.take(all_grad_lse, dtype).masked_fill(idle, 0), _SPARE
+        q, out, grad_out = (pad(x, (0, spare)) for x in (q, out, grad_out))
         out[..., -1] = 1
         grad_out[..., -1] = -grad_lse
-    heads = (x.unsqueeze(1) for x in (grad_out, q, k, v, out, lse))
-    grads = _flash_backward(*heads, 0.0, False, attn_mask=_mask(chunk), scale=scale)
-    dq, dk, dv = (x.squeeze(1)[..., : rows[0].shape[-1]] for x in grads)
-    return dq, dk, dv
+    for part, to, bias in chunk.pieces():
+        k, v = (pad(to.take(x, dtype), (0, spare)) if spare else to.take(x, dtype) for x in rows[1:])
+        heads = (x.unsqueeze(1) for x in (grad_out[part], q[part], k, v, out[part], lse[part]))
+        grads = _flash_backward(*heads, 0.0, False, attn_mask=_mask(bias), scale=scale)
+        dq, dk, dv = (x.squeeze(1)[..., : rows[0].shape[-1]] for x in grads)
+        del k, v, heads, grads
+        yield (chunk.q.part(part), to, to), (dq, dk, dv)
+        del dq, dk, dv  # before the next piece makes its own
 
 
-def _mask(chunk: Chunk) -> Tensor | None:
-    return None if chunk.bias is None else chunk.bias[:, None, None]
+def _mask(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias[:, None, None]
 
 
 class _Whole:

@@ -40,10 +40,11 @@ def block_mass(
         for chunk in plan.full_rows(lanes):
             _full_mass(chunk, sources, scale, mass)
         for chunk in plan.listed_rows(lanes):
-            keys = chunk.k.take(sources[1], wide)
-            by_key = _weights(chunk.q, chunk, keys, sources, scale).sum(-1)
-            pair = chunk.target[:, None] * mass.shape[-1] + _label(chunk.k)
-            mass.view(-1).index_add_(0, pair.flatten(), by_key.flatten())
+            for part, to, bias in chunk.pieces():
+                keys = to.take(sources[1], wide)
+                by_key = _weights(chunk.q.part(part), bias, keys, sources, scale).sum(-1)
+                pair = chunk.target[part, None] * mass.shape[-1] + _label(to)
+                mass.view(-1).index_add_(0, pair.flatten(), by_key.flatten())
     return mass
 
 
@@ -65,13 +66,15 @@ def _full_mass(chunk: Chunk, sources: tuple[Tensor, Tensor, Tensor], scale: floa
     for begin in range(0, target.shape[1], step):
         part = slice(begin, begin + step)
         valid = None if chunk.q.valid is None else chunk.q.valid[:, part]
-        weights = _weights(Tokens(chunk.q.row[:, part], valid, None), chunk, keys, sources, scale)
+        weights = _weights(Tokens(chunk.q.row[:, part], valid, None), chunk.bias, keys, sources, scale)
         by_column = mass.new_zeros(lanes * key_blocks, weights.shape[2]).index_add_(0, column, weights.flatten(0, 1))
         by_query = by_column.unflatten(0, (lanes, key_blocks)).transpose(1, 2).flatten(0, 1)
         mass.view(-1, key_blocks).index_add_(0, target[:, part].flatten(), by_query)
 
 
-def _weights(q: Tokens, chunk: Chunk, keys: Tensor, sources: tuple[Tensor, Tensor, Tensor], scale: float) -> Tensor:
+def _weights(
+    q: Tokens, bias: Tensor | None, keys: Tensor, sources: tuple[Tensor, Tensor, Tensor], scale: float
+) -> Tensor:
     """``exp(S - LSE)`` as ``[n, L, A]``, zero for padding on either side and for queries without keys."""
     queries, lse = q.take(sources[0], keys.dtype), q.take(sources[2], keys.dtype)
     idle = lse == -torch.inf
@@ -81,8 +84,8 @@ def _weights(q: Tokens, chunk: Chunk, keys: Tensor, sources: tuple[Tensor, Tenso
     weights = keys.new_empty(*keys.shape[:2], queries.shape[1])
     torch.baddbmm(weights, keys, queries.transpose(1, 2), beta=0, alpha=scale, out=weights)
     weights.sub_(lse[:, None])
-    if chunk.bias is not None:
-        weights.add_(chunk.bias[..., None])
+    if bias is not None:
+        weights.add_(bias[..., None])
     return weights.exp_()
 
 

@@ -17,10 +17,12 @@ from vsparse.layouts import Blocking
 
 __all__ = ["Chunk", "Lanes", "Plan", "Tokens", "flat", "lane_groups", "tokens", "upto"]
 
-# Elements of one gathered tensor in a chunk, of one lane in a group of lanes, and queries of a key-major set. K and V
-# of a chunk then take 2 MiB in float32, which the second-level caches of two cores hold; large problems take chunks up
-# to four times as large, for fewer calls. A group is what one pass keeps warm, and what its sums take.
-CHUNK = 1 << 18
+# PIECE: bytes of one gathered tensor in a piece, counted in the dtype of q; large problems take pieces up to four times
+# as large, for fewer calls. K and V of a piece are gathered in float32 and then take 1 MiB (2 MiB for bfloat16), which
+# the second-level caches of two cores hold. PIECES: of a chunk. GROUP: elements of one tensor in a group of lanes: what
+# one pass keeps warm, and what its sums take. PART: queries of a key-major set.
+PIECE = 1 << 19
+PIECES = 4
 GROUP = 1 << 19
 PART = 512
 
@@ -53,7 +55,7 @@ class Tokens:
         taken = x.index_select(0, self.row.flatten()).to(dtype)
         return taken.view(*self.row.shape, *x.shape[1:])
 
-    def part(self, lists: slice, width: int) -> Tokens:
+    def part(self, lists: slice, width: int | None = None) -> Tokens:
         """Some of the lists, none of which is longer than ``width``."""
         row, valid, label = (None if x is None else x[lists, :width] for x in (self.row, self.valid, self.label))
         assert row is not None
@@ -154,12 +156,22 @@ class Chunk:
         q: Query tokens ``[n, A]``. k: key tokens ``[n, L]``; labels are key blocks if the plan was asked for them.
         bias: ``[n, L]`` added to the logits, -inf on padding, or None.
         target: ``[n]`` int64, ``lane * Q + i`` of the query block, for chunks of listed rows.
+        room: Sets whose keys are gathered at once.
     """
 
     q: Tokens
     k: Tokens
     bias: Tensor | None
     target: Tensor
+    room: int
+
+    def pieces(self) -> Iterator[tuple[slice, Tokens, Tensor | None]]:
+        """``room`` sets after the other: where they stand in the chunk, their keys and their part of ``bias``."""
+        bias = self.bias
+        for begin in range(0, len(self.target), self.room):
+            part = slice(begin, begin + self.room)
+            width = self.k.row.shape[1] if self.k.valid is None else int(self.k.valid[part].sum(1).max())
+            yield part, self.k.part(part, width), None if bias is None else bias[part, :width]
 
 
 class Plan:
@@ -182,7 +194,7 @@ class Plan:
         lead = (q.shape[0], q.shape[2])
         self.q, self.k = Lanes(blocks.q, q, offsets), Lanes(blocks.k, k)
         self.lanes, self.width, self.dtype = lead[0] * lead[1], q.shape[-1], dtype
-        self.chunk = min(max(CHUNK, q.numel() // 16), 4 * CHUNK) // self.width
+        self.piece = min(max(PIECE, q.nbytes // 16), 4 * PIECE) // (self.width * q.element_size())
         count = blocks.count.long().expand(*lead, -1).flatten(0, 1)
         self.full = (count == blocks.k.blocks) & (self.q.size > 0)
         self.count = torch.where(self.full | (self.q.size == 0), 0, count)
@@ -205,24 +217,22 @@ class Plan:
         least = torch.get_num_threads() if bool(self.full.any()) else 1
         return lane_groups(self.lanes, max(self.q.slots, self.k.slots) * self.width, least)
 
-    def _chunk(self, lane: Tensor, q: Tokens, k: Tokens, target: Tensor) -> Chunk:
-        bias = None
-        if self.bias is not None and k.label is not None:
-            bias = self.bias[lane].gather(1, k.label)
+    def _chunk(self, lane: Tensor, q: Tokens, k: Tokens, target: Tensor, room: int) -> Chunk:
+        bias = None if self.bias is None or k.label is None else self.bias[lane].gather(1, k.label)
         if k.valid is not None:
             bias = k.row.new_zeros(k.row.shape, dtype=self.dtype) if bias is None else bias
             bias = bias.masked_fill(~k.valid, -torch.inf)
-        return Chunk(q, k, bias, target)
+        return Chunk(q, k, bias, target, room)
 
     def full_rows(self, lanes: Tensor) -> Iterator[Chunk]:
         """Chunks of lanes, each with the queries of its full rows against all its keys."""
         keys = self.k.size[lanes].sum(1)
         order = _by_size((self.q.size[lanes] * self.full[lanes]).sum(1), keys)
         lanes, keys = lanes[order], keys[order]
-        for part in _cut(keys, self.chunk):
+        for part, room in _cut(keys, self.piece):
             lane = lanes[part]
             q = self.q.tokens(lane, keep=self.full[lane], label=self.label)
-            yield self._chunk(lane, q, self.k.tokens(lane, label=self.label), lane)
+            yield self._chunk(lane, q, self.k.tokens(lane, label=self.label), lane, room)
 
     def listed_rows(self, lanes: Tensor) -> Iterator[Chunk]:
         """Row-major chunks: query blocks with the keys they keep, those of like size together."""
@@ -239,11 +249,11 @@ class Plan:
         start = self.k.start.take(lane[:, None] * self.k.start.shape[1] + index)
         q, target = self.q.listed(lane, block[:, None]), lane * count.shape[1] + block
         counts, widths = count.flatten()[order].tolist(), queries[order].tolist()
-        for part in _cut(size[order], self.chunk):
+        for part, room in _cut(size[order], self.piece, PIECES):
             entries = max(counts[part])
             label = index[part, :entries] if self.label else None
             k = tokens(start[part, :entries], length[part, :entries], self.k.stride, label=label)
-            yield self._chunk(lane[part], q.part(part, max(widths[part])), k, target[part])
+            yield self._chunk(lane[part], q.part(part, max(widths[part])), k, target[part], room)
 
     def listed_columns(self, lanes: Tensor) -> Iterator[Chunk]:
         """Key-major chunks: one key block of each lane with the queries that keep it; no query twice in a chunk."""
@@ -259,7 +269,7 @@ class Plan:
             q = _in_parts(self.q.tokens(lanes[busy], keep=rows[busy]))
             lane = lanes[busy].repeat_interleave(len(q.row) // len(busy))
             k = self.k.listed(lane, torch.full_like(lane, block)[:, None], label=self.label)
-            yield self._chunk(lane, q, k, lane)
+            yield self._chunk(lane, q, k, lane, len(lane))
 
     def _lists(self, lanes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``count [n, Q]``, ``index [n, Q, M]`` int64 and which of its entries are used, full rows left out."""
@@ -275,13 +285,16 @@ def _by_size(major: Tensor, minor: Tensor) -> Tensor:
     return work[key.argsort(descending=True, stable=True)]
 
 
-def _cut(size: Tensor, room: int) -> Iterator[slice]:
-    """Cut items of ``size`` tokens into chunks of about ``room`` tokens, at least one item per thread."""
+def _cut(size: Tensor, room: int, pieces: int = 1) -> Iterator[tuple[slice, int]]:
+    """Cut items of ``size`` tokens, largest first, into chunks of pieces of ``room`` tokens or one item per thread.
+
+    Yields the items of each chunk and how many of them are a piece.
+    """
     sizes, begin = size.tolist(), 0
     while begin < len(sizes):
-        end = begin + max(torch.get_num_threads(), room // sizes[begin])
-        yield slice(begin, end)
-        begin = end
+        piece = max(torch.get_num_threads(), room // sizes[begin])
+        yield slice(begin, begin + pieces * piece), piece
+        begin += pieces * piece
 
 
 def _in_parts(q: Tokens) -> Tokens:

@@ -88,6 +88,8 @@ def test_graphs_are_bounded_and_nothing_recompiles(host: str, method: str) -> No
     for values in known[1:]:
         last = rows.tour(patch, model, values)
     assert count.graphs == graphs, "another prompt recompiles"
+    rows.generation(patch, model, known[0])
+    assert count.graphs == graphs, "another step recompiles"
     assert all(map(torch.equal, last, wanted[1]))
 
 

@@ -122,7 +122,7 @@ def test_single_tokens_and_long_chunks(q: tuple[int, int], k: tuple[int, int]) -
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes at which a few dozen slots make many chunks, lane groups, parts and tiles."""
     for module, name, value in (
-        (cpu_rows, "CHUNK", 64),
+        (cpu_rows, "PIECE", 64),
         (cpu_rows, "GROUP", 64),
         (cpu_rows, "PART", 3),
         (cpu_mass, "TILE", 1),

@@ -62,9 +62,7 @@ def method(key: str, pairs: Sequence[str]) -> Method:
     return get_method(key)().replace(**settings(pairs))
 
 
-def schedule(
-    chosen: Method, dense_steps: float | None, dense_layers: int | None, search_at: str | None
-) -> Schedule:
+def schedule(chosen: Method, dense_steps: float | None, dense_layers: int | None, search_at: str | None) -> Schedule:
     """The method's published schedule, changed where something was typed.
 
     Raises:

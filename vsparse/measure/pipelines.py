@@ -32,9 +32,7 @@ def outputs(path: str | os.PathLike[str], count: int) -> list[Path]:
     return [check_output(target.with_stem(f"{target.stem}-{i}"), ".mp4") for i in range(1, count + 1)]
 
 
-def load_pipeline(
-    model: str, *, dtype: str | None = None, device: str | None = None, offload: bool = False
-) -> Any:
+def load_pipeline(model: str, *, dtype: str | None = None, device: str | None = None, offload: bool = False) -> Any:
     """A diffusers pipeline from a folder or the hub, on its device.
 
     Args:
