@@ -28,6 +28,8 @@ BLOCKS = (
     "#b3de69", "#fccde5", "#ccebc5", "#bc80bd", "#ffed6f", "#a6cee3",
 )  # fmt: skip
 MOST_NUMBERS = 600
+# Inches.
+TITLE_LINE, FACT_LINE = 0.26, 0.18
 
 
 def draw_layout(path: str | os.PathLike[str], layout: Layout, *, title: str = "layout", frames: int = 8) -> Path:
@@ -53,12 +55,13 @@ def draw_layout(path: str | os.PathLike[str], layout: Layout, *, title: str = "l
     columns = shown if shown <= 5 else 3 if shown == 6 else 4
     rows = math.ceil(shown / columns)
     side = 2.6 if columns == 5 else 3.1
-    tall, gap, head, foot = side * min(2.0, max(0.45, grid.h / grid.w)), 0.45, 1.2, 0.95
+    tall, gap, foot = side * min(2.0, max(0.45, grid.h / grid.w)), 0.45, 0.95
     strip = 0.95 if grid.text else 0.0
     width = max(6.4, columns * (side + 0.35) + 0.6)
+    words, head = _heading(title, _layout_facts(layout, int(ragged.sum()), shown), width)
     height = head + rows * tall + (rows - 1) * gap + strip + foot
     figure = new_figure(width, height)
-    _head(figure, width, height, title, _layout_facts(layout, int(ragged.sum()), shown))
+    _write_heading(figure, words, width, height)
     for i in range(shown):
         row, column = divmod(i, columns)
         low = height - head - (row + 1) * tall - row * gap
@@ -112,12 +115,14 @@ def draw_block_map(
     rows = math.ceil(len(chosen) / columns)
     side = max(3.3, min(5.6, 7.0 / columns))
     tall = side * min(2.0, max(0.5, keep.shape[2] / keep.shape[3]))
-    head, gap, foot = 1.2, 0.75, 0.95
+    gap, foot = 0.75, 0.95
     width = max(6.4, columns * (side + 0.75) + 0.35)
+    source = [origin] if origin else []
+    facts = "; ".join([*source, _map_facts(blocks, float(density.mean()))])
+    words, head = _heading(title, facts, width)
     height = head + rows * tall + (rows - 1) * gap + foot
     figure = new_figure(width, height)
-    source = [origin] if origin else []
-    _head(figure, width, height, title, "; ".join([*source, _map_facts(blocks, float(density.mean()))]))
+    _write_heading(figure, words, width, height)
     for i, number in enumerate(chosen):
         row, column = divmod(i, columns)
         low = height - head - (row + 1) * tall - row * gap
@@ -143,10 +148,18 @@ def _place(x: float, y: float, w: float, h: float, width: float, height: float) 
     return x / width, y / height, w / width, h / height
 
 
-def _head(figure: Any, width: float, height: float, title: str, facts: str) -> None:
-    figure.text(0.2 / width, 1 - 0.2 / height, title, fontsize=13, weight="bold", color=INK, va="top")
-    lines = "\n".join(textwrap.wrap(facts, int(width * 14)))
-    figure.text(0.2 / width, 1 - 0.52 / height, lines, fontsize=9, color=FAINT, va="top", linespacing=1.4)
+def _heading(title: str, facts: str, width: float) -> tuple[tuple[list[str], list[str]], float]:
+    """Lines of the title and of the facts below it, and the inches they and the room under them take."""
+    words = textwrap.wrap(title, int(width * 9)), textwrap.wrap(facts, int(width * 14))
+    return words, 0.7 + TITLE_LINE * len(words[0]) + FACT_LINE * len(words[1])
+
+
+def _write_heading(figure: Any, words: tuple[list[str], list[str]], width: float, height: float) -> None:
+    title, facts = words
+    below = 0.24 + TITLE_LINE * len(title)
+    left = 0.2 / width
+    figure.text(left, 1 - 0.2 / height, "\n".join(title), fontsize=13, weight="bold", color=INK, va="top")
+    figure.text(left, 1 - below / height, "\n".join(facts), fontsize=9, color=FAINT, va="top", linespacing=1.4)
 
 
 def _legend(figure: Any, entries: Sequence[tuple[str, str, str | None]]) -> None:

@@ -40,8 +40,12 @@ def _pattern(node: ast.expr) -> Pattern:
     called = isinstance(node, ast.Call)
     name = node.func if isinstance(node, ast.Call) else node
     rule = _RULES.get(name.id) if isinstance(name, ast.Name) else None
-    if rule is None or called != isinstance(rule, type) or (isinstance(node, ast.Call) and node.args):
-        raise ValueError(f"{ast.unparse(node)!r} is none of {', '.join(_RULES)} with named arguments")
+    if rule is None:
+        raise ValueError(f"{ast.unparse(name)!r} is none of {', '.join(_RULES)}")
+    if called != isinstance(rule, type):
+        raise ValueError(f"{ast.unparse(name)} is written {'with' if not called else 'without'} parentheses")
+    if isinstance(node, ast.Call) and node.args:
+        raise ValueError(f"{ast.unparse(node)!r}: arguments go by name, as in Window(size=(3, 9, 9))")
     if not isinstance(node, ast.Call):
         return rule  # type: ignore[no-any-return]
     options = {option.arg or "**": ast.literal_eval(option.value) for option in node.keywords}
