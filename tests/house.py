@@ -34,6 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 RANK = {unit: rank for rank, floor in enumerate(FLOORS) for unit in floor}
 KERNELS_SEE = frozenset({"optional", "geometry", "layouts", "blocks", "reference", "backend", "ops"})
+TILES = "kernels/tiles"  # the ground floor of the Triton kernels
 ROOF = frozenset({"training", "measure", "cli", "__main__"})
 SIDES = ("kernels", "integrations")
 LOADERS = frozenset({"vsparse/backend.py", "vsparse/host.py"})  # the two that import kernels and hosts by string
@@ -146,7 +147,7 @@ def may_see(unit: str) -> frozenset[str] | None:
     if unit == "parallel":
         return frozenset(other for other, rank in RANK.items() if rank <= RANK["ops"])
     if unit.startswith("kernels/"):
-        return KERNELS_SEE
+        return KERNELS_SEE if unit in (TILES, "kernels/cpu") else KERNELS_SEE | {TILES}
     if unit == "__init__" or unit.startswith("integrations/"):
         return frozenset({*RANK, "parallel"})
     return None

@@ -40,11 +40,17 @@ def test_mask_bits_and_lists_agree(blocks: BlockMap) -> None:
 @given(blocks=maps())
 def test_transpose_lists_the_rows_of_each_key_block(blocks: BlockMap) -> None:
     keep, turned = blocks.to_mask(), blocks.transpose()
+    queries, full = keep.shape[2], blocks.count == blocks.k.blocks
     for b in range(keep.shape[0]):
         for h in range(keep.shape[1]):
             offset, row = turned.offset[b, h].tolist(), turned.row[b, h].tolist()
+            listed = keep[b, h] & ~full[b, h, :, None]
             for j in range(blocks.k.blocks):
-                assert row[offset[j] : offset[j + 1]] == keep[b, h, :, j].nonzero().flatten().tolist()
+                assert row[offset[j] : offset[j + 1]] == listed[:, j].nonzero().flatten().tolist()
+            assert set(row[offset[-1] :]) <= {queries}
+            whole = full[b, h].nonzero().flatten().tolist()
+            assert turned.full[b, h].tolist() == whole + [queries] * (queries - len(whole))
+            assert turned.full_count[b, h] == len(whole)
 
 
 @given(blocks=maps())

@@ -7,11 +7,14 @@ import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-__all__ = ["Implementation", "implementations", "lookup", "reasons", "register"]
+__all__ = ["Implementation", "implementations", "lookup", "ops", "reasons", "register"]
 
 # Modules that register implementations, by device type. Imported by name on first use, so that `import vsparse` stays
 # light and a missing compiler is a reason, not an import error.
-_PROVIDERS: dict[str, tuple[str, ...]] = {"cpu": ("vsparse.kernels.cpu",)}
+_PROVIDERS: dict[str, tuple[str, ...]] = {
+    "cpu": ("vsparse.kernels.cpu",),
+    "cuda": ("vsparse.kernels.block_sparse",),
+}
 
 
 class Implementation(NamedTuple):
@@ -60,6 +63,12 @@ def _load(device: str) -> tuple[str, ...]:
         except ImportError as error:
             failures.append(f"{module}: {error}")
     return tuple(failures)
+
+
+def ops(device: str) -> list[str]:
+    """Ops that some implementation serves on a device type."""
+    _load(device)
+    return [op for op, rows in _TABLE.items() if any(row.device == device for _, row in rows)]
 
 
 def implementations(op: str, device: str) -> list[Implementation]:

@@ -14,15 +14,22 @@ __all__ = ["BlockMap", "Transposed"]
 
 @dc.dataclass(frozen=True, eq=False)
 class Transposed:
-    """Key-major lists in CSR form: the query blocks that attend to key block j are ``row[..., offset[j]:offset[j+1]]``.
+    """Key-major lists in CSR form, and the rows that need none.
+
+    The query blocks that list key block j are ``row[..., offset[j]:offset[j+1]]``; those that keep every key block
+    stand in ``full`` alone.
 
     Args:
         offset: ``[B|1, H|1, K + 1]`` int32.
-        row: ``[B|1, H|1, Q * K]`` int32, ascending within a key block; entries past ``offset[K]`` are Q.
+        row: ``[B|1, H|1, Q * M]`` int32, ascending within a key block; entries past ``offset[K]`` are Q.
+        full: ``[B|1, H|1, Q]`` int32, ascending; entries past ``full_count`` are Q.
+        full_count: ``[B|1, H|1]`` int32.
     """
 
     offset: Tensor
     row: Tensor
+    full: Tensor
+    full_count: Tensor
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -116,15 +123,16 @@ class BlockMap:
 
     def transpose(self) -> Transposed:
         """Key-major lists, deterministic, without a device sync."""
-        keep = self.to_mask().transpose(-1, -2)
-        rows = keep.shape[-1]
-        hits = keep.sum(-1, dtype=torch.int32)
-        offset = torch.nn.functional.pad(hits.cumsum(-1, dtype=torch.int32), (1, 0))
-        rank = keep.flatten(-2).cumsum(-1) - 1
-        place = torch.where(keep.flatten(-2), rank, rank.shape[-1])
-        row = torch.full((*place.shape[:2], place.shape[-1] + 1), rows, dtype=torch.int32, device=keep.device)
-        query = torch.arange(rows, device=keep.device, dtype=torch.int32).expand_as(keep).flatten(-2)
-        return Transposed(offset, row.scatter(-1, place, query)[..., :-1])
+        queries, keys = self.count.shape[-1], self.k.blocks
+        full = self.count == keys
+        used = (torch.arange(self.capacity, device=self.count.device) < self.count[..., None]) & ~full[..., None]
+        by_key, entry = torch.where(used, self.index, keys).flatten(-2).sort(dim=-1, stable=True)
+        row = torch.where(by_key < keys, entry // max(1, self.capacity), queries)
+        key = torch.arange(keys + 1, device=self.count.device, dtype=by_key.dtype)
+        offset = torch.searchsorted(by_key, key.expand(*by_key.shape[:2], -1).contiguous(), out_int32=True)
+        full_count = full.sum(-1, dtype=torch.int32)
+        rest, first = (~full).to(torch.uint8).sort(dim=-1, stable=True)
+        return Transposed(offset, row.int(), torch.where(rest == 0, first, queries).int(), full_count)
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Computed and possible query-key token pairs, each ``[B|1, H|1]`` float64; padding counts for nothing."""

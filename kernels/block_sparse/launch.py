@@ -1,0 +1,161 @@
+"""Host side: what the kernels refuse, what they are handed, where they write."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from vsparse.blocks import BlockMap
+from vsparse.kernels.tiles import LOG2E, Width, architecture, lanes, map_lanes, reasons, strides
+
+from .backward import grad_keys, grad_queries, prepare
+from .forward import attend
+from .tuning import config
+
+__all__ = ["block_sparse_attention", "block_sparse_attention_backward", "unsupported", "unsupported_backward"]
+
+PREPARE_ROWS = 64
+
+
+def unsupported(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap, *, scale: float, skip_threshold: float | None = None
+) -> list[str]:
+    """Why the forward kernel cannot run this; empty when it can."""
+    found = reasons(q, k, v, width=q.shape[-1])
+    if not (math.isfinite(scale) and scale > 0):
+        found.append(f"{scale=}: it must be a positive number")
+    if skip_threshold is not None:
+        if not skip_threshold >= 0:
+            found.append(f"{skip_threshold=}: it must be at least 0")
+        chosen = config("attend", architecture(q.device), Width.of(q.shape[-1]), *_sizes(blocks), q.element_size())
+        if (chosen.bm, chosen.bn) != _sizes(blocks):
+            found.append(f"skip_threshold needs one tile per block pair, and blocks of {_sizes(blocks)} take several")
+    return found
+
+
+def unsupported_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    blocks: BlockMap,
+    *,
+    scale: float,
+) -> list[str]:
+    """Why the backward kernels cannot run this; empty when they can."""
+    return unsupported(q, k, v, blocks, scale=scale)
+
+
+def _sizes(blocks: BlockMap) -> tuple[int, int]:
+    return blocks.q.block, blocks.k.block
+
+
+def _natural(dtype: torch.dtype) -> bool:
+    """Whether logits stay in base e and products in full float32: where the inputs have the bits to show it."""
+    return dtype == torch.float32
+
+
+def _in_base(x: float, natural: bool) -> float:
+    return x if natural else x * LOG2E.value
+
+
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap, *, scale: float, skip_threshold: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Implements `vsparse.reference.block_sparse_attention`."""
+    batch, slots, heads, d = q.shape
+    width, (bq, bk) = Width.of(d), _sizes(blocks)
+    chosen, natural = config("attend", architecture(q.device), width, bq, bk, q.element_size()), _natural(q.dtype)
+    # With starts there may be slots of no block, which no program writes.
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if blocks.q.start is None else q.new_zeros(q.shape)
+    fill = torch.empty if blocks.q.start is None else _nothing
+    lse = fill(q.shape[:3], dtype=torch.float32, device=q.device)
+    index, count = lanes(blocks.index, batch, heads), lanes(blocks.count, batch, heads)
+    q_side, k_side = map_lanes(blocks.q, batch, heads), map_lanes(blocks.k, batch, heads)
+    bias = k_side[:3] if blocks.key_bias is None else lanes(blocks.key_bias, batch, heads)
+    attend[(blocks.q.blocks * triton.cdiv(bq, chosen.bm), heads, batch)](
+        q, k, v, out, lse,
+        index[0], count[0], q_side[0], q_side[3], k_side[0], k_side[3], bias[0],
+        _in_base(scale, natural), math.inf if skip_threshold is None else _in_base(skip_threshold, natural),
+        *strides(q), *strides(k), *strides(v), *strides(out)[:3],
+        *index[1:], *count[1:], *q_side[1:3], *q_side[4:], *k_side[1:3], *k_side[4:], *bias[1:],
+        slots, blocks.k.blocks, blocks.capacity,
+        BQ=bq, BK=bk, BM=chosen.bm, BN=chosen.bn, D=d, D1=width.D1, D2=width.D2,
+        STARTS_Q=blocks.q.start is not None, STARTS_K=blocks.k.start is not None,
+        BIAS=blocks.key_bias is not None, SKIP=skip_threshold is not None, NATURAL=natural,
+        **chosen.options,
+    )  # fmt: skip
+    return out, lse
+
+
+def _nothing(shape: torch.Size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full(shape, -torch.inf, dtype=dtype, device=device)
+
+
+def block_sparse_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    blocks: BlockMap,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Implements `vsparse.reference.block_sparse_attention_backward`."""
+    batch, slots, heads, d = q.shape
+    width, (bq, bk), arch, natural = Width.of(d), _sizes(blocks), architecture(q.device), _natural(q.dtype)
+    delta, shift = (torch.empty(batch, heads, slots, dtype=torch.float32, device=q.device) for _ in range(2))
+    out, lse = out.contiguous(), lse.contiguous()  # as the forward wrote them
+    by_lse = (0, 0, 0) if grad_lse is None else (grad_lse.stride(0), grad_lse.stride(2), grad_lse.stride(1))
+    prepare[(triton.cdiv(slots, PREPARE_ROWS), heads, batch)](
+        out, grad_out, lse, lse if grad_lse is None else grad_lse, delta, shift,
+        *strides(out)[:3], *strides(grad_out), *by_lse, slots,
+        ROWS=PREPARE_ROWS, D=d, D1=width.D1, D2=width.D2, GRAD_LSE=grad_lse is not None, NATURAL=natural, num_warps=4,
+    )  # fmt: skip
+
+    index, count = lanes(blocks.index, batch, heads), lanes(blocks.count, batch, heads)
+    q_side, k_side = map_lanes(blocks.q, batch, heads), map_lanes(blocks.k, batch, heads)
+    bias = k_side[:3] if blocks.key_bias is None else lanes(blocks.key_bias, batch, heads)
+    sides = (*q_side[1:3], *q_side[4:], *k_side[1:3], *k_side[4:], *bias[1:])
+    pointers = (q_side[0], q_side[3], k_side[0], k_side[3], bias[0], _in_base(scale, natural), scale)
+    inputs = (*strides(q), *strides(k), *strides(v), *strides(grad_out))
+    flags = {
+        "BQ": bq, "BK": bk, "D": d, "D1": width.D1, "D2": width.D2,
+        "STARTS_Q": blocks.q.start is not None, "STARTS_K": blocks.k.start is not None,
+        "BIAS": blocks.key_bias is not None, "NATURAL": natural,
+    }  # fmt: skip
+
+    def target(x: Tensor, starts: bool) -> Tensor:
+        return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if starts else x.new_empty(x.shape)
+
+    dq = target(q, blocks.q.start is not None)
+    chosen = config("grad_queries", arch, width, bq, bk, q.element_size())
+    grad_queries[(blocks.q.blocks * triton.cdiv(bq, chosen.bm), heads, batch)](
+        q, k, v, grad_out, delta, shift, dq, index[0], count[0], *pointers,
+        *inputs, *strides(dq)[:3], *index[1:], *count[1:], *sides,
+        slots, blocks.k.blocks, blocks.capacity,
+        BM=chosen.bm, BN=chosen.bn, **flags, **chosen.options,
+    )  # fmt: skip
+
+    turned = blocks.transpose()
+    offset, row, full, full_count = (
+        lanes(x, batch, heads) for x in (turned.offset, turned.row, turned.full, turned.full_count)
+    )
+    dk, dv = (target(x, blocks.k.start is not None) for x in (k, v))
+    chosen = config("grad_keys", arch, width, bq, bk, q.element_size())
+    grad_keys[(blocks.k.blocks * triton.cdiv(bk, chosen.bn), heads, batch)](
+        q, k, v, grad_out, delta, shift, dk, dv, offset[0], row[0], full[0], full_count[0], *pointers,
+        *inputs, *strides(dk)[:3], *offset[1:], *row[1:], *full[1:], *full_count[1:], *sides,
+        slots,
+        BM=chosen.bm, BN=chosen.bn, **flags, **chosen.options,
+    )  # fmt: skip
+    return dq, dk, dv

@@ -1,0 +1,24 @@
+"""What the Triton kernels share: tiles of strided tensors on the device, launch arguments on the host."""
+
+from __future__ import annotations
+
+from .host import INTERPRETED, Width, architecture, lanes, map_lanes, reasons, strides, tile_rows
+from .language import LN2, LOG2E, from_natural, load_tile, power, store_tile, to_natural
+
+__all__ = [
+    "INTERPRETED",
+    "LN2",
+    "LOG2E",
+    "Width",
+    "architecture",
+    "from_natural",
+    "lanes",
+    "load_tile",
+    "map_lanes",
+    "power",
+    "reasons",
+    "store_tile",
+    "strides",
+    "tile_rows",
+    "to_natural",
+]

@@ -1,0 +1,88 @@
+"""Loads and stores of a tile of rows."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_tile(
+    p_first,
+    n_rows,
+    s_row,
+    s_d,
+    ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Rows of a strided matrix: ``[ROWS, COLUMNS]`` from column FIRST on, zeros past ``n_rows`` and past D.
+
+    WHOLE promises that every row may be read, whatever ``n_rows`` is.
+    """
+    o_row = tl.arange(0, ROWS)
+    o_d = FIRST + tl.arange(0, COLUMNS)
+    p_tile = p_first + o_row[:, None] * s_row + o_d[None, :] * s_d
+    if WHOLE:
+        if FIRST + COLUMNS <= D:
+            b_tile = tl.load(p_tile)
+        else:
+            b_tile = tl.load(p_tile, mask=o_d[None, :] < D, other=0.0)
+    elif FIRST + COLUMNS <= D:
+        b_tile = tl.load(p_tile, mask=o_row[:, None] < n_rows, other=0.0)
+    else:
+        b_tile = tl.load(p_tile, mask=(o_row[:, None] < n_rows) & (o_d[None, :] < D), other=0.0)
+    return b_tile
+
+
+@triton.jit
+def power(b_x, NATURAL: tl.constexpr):
+    """e or 2 to the power of x. Base 2 saves a product per element; base e keeps the last bits of float32 logits."""
+    if NATURAL:
+        b_y = tl.exp(b_x)
+    else:
+        b_y = tl.math.exp2(b_x)
+    return b_y
+
+
+@triton.jit
+def from_natural(b_x, NATURAL: tl.constexpr):
+    """A natural logarithm in the base that `power` takes."""
+    if not NATURAL:
+        b_x = b_x * LOG2E
+    return b_x
+
+
+@triton.jit
+def to_natural(b_x, NATURAL: tl.constexpr):
+    """Inverse of `from_natural`."""
+    if not NATURAL:
+        b_x = b_x * LN2
+    return b_x
+
+
+@triton.jit
+def store_tile(
+    p_first,
+    b_tile,
+    n_rows,
+    s_row,
+    ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Write the first ``n_rows`` rows, rounded to the dtype of the target, whose columns are adjacent."""
+    o_row = tl.arange(0, ROWS)
+    o_d = FIRST + tl.arange(0, COLUMNS)
+    p_tile = p_first + o_row[:, None] * s_row + o_d[None, :]
+    b_tile = b_tile.to(p_first.dtype.element_ty)
+    if FIRST + COLUMNS <= D:
+        tl.store(p_tile, b_tile, mask=o_row[:, None] < n_rows)
+    else:
+        tl.store(p_tile, b_tile, mask=(o_row[:, None] < n_rows) & (o_d[None, :] < D))
