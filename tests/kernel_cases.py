@@ -62,5 +62,5 @@ def hold(case: Case) -> None:
         lambda q, k, v: vsparse.block_sparse_attention(q, k, v, case.blocks),
         lambda q, k, v: reference.block_sparse_attention(q, k, v, case.blocks, scale=case.scale),
         case.inputs,
-        also=[oracle.fused(case.blocks, case.scale)],
+        also=[oracle.fused(case.blocks, case.scale), oracle.formula(case.blocks, case.scale)],
     )

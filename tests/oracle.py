@@ -139,6 +139,29 @@ def fused(blocks: BlockMap, scale: float) -> Function:
     return attend
 
 
+class _ByFormula(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse = reference.block_sparse_attention(q, k, v, blocks, scale=scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.blocks, ctx.scale = blocks, scale
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        grads = reference.block_sparse_attention_backward(grad_out, grad_lse, *saved, ctx.blocks, scale=ctx.scale)
+        return *grads, None, None
+
+
+def formula(blocks: BlockMap, scale: float) -> Function:
+    """The reference with its backward written out, from the output and the LSE, as every fused kernel computes it.
+
+    ``dP - delta`` cancels where a row has one key; autograd of the plain formula does not meet that difference.
+    """
+    return lambda q, k, v: _ByFormula.apply(q, k, v, blocks, scale)  # type: ignore[no-any-return]
+
+
 def pairs(blocks: BlockMap, rows: int, columns: int) -> Tensor:
     """``[B|1, H|1, rows, columns]`` bool: which query slot attends to which key slot."""
     return reference._pairs(blocks, rows, columns)

@@ -92,7 +92,10 @@ def test_refuses_in_words() -> None:
         (lambda: blocks.union(BlockMap.full(k, k)), "union"),
         (lambda: BlockMap(index, torch.full_like(count, -1), q, k).validate(), "count must lie"),
         (lambda: BlockMap(index, torch.full_like(count, 4), q, k).validate(), "count must lie"),
-        (lambda: BlockMap(torch.full_like(index, 9), torch.ones_like(count), q, k).validate(), "outside"),
+        (
+            lambda: BlockMap(torch.full_like(index, 9), torch.ones_like(count), q, k).validate(),
+            "got 9 at sample 0, head 0, block 0, entry 0",
+        ),
         (lambda: BlockMap(torch.zeros_like(index), torch.full_like(count, 2), q, k).validate(), "ascending"),
     ]
     for build, word in cases:

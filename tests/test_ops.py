@@ -209,6 +209,8 @@ def test_refuses_in_words() -> None:
         (lambda: vsparse.merge_attention([], []), "at least one"),
         (lambda: vsparse.merge_attention([q], [q]), "part 0"),
         (lambda: vsparse.block_pool(q[:, :-1], blocks.q), "x has S="),
+        (lambda: attend(q, k, v, blocks, scale=float("nan")), "scale must be a finite number"),
+        (lambda: attend(q, k, v, blocks, skip_threshold=-1.0), "skip_threshold must be at least 0"),
     ]
     for call, word in cases:
         with pytest.raises(ValueError, match=word):
@@ -216,7 +218,7 @@ def test_refuses_in_words() -> None:
     assert vsparse.unsupported(q, k, v, blocks) == []
     assert "k must be" in vsparse.unsupported(q, k.float(), v, blocks)[0]
     with pytest.raises(NotImplementedError, match="skip_threshold"):
-        attend(q, k, v, blocks, skip_threshold=-10.0)
+        attend(q, k, v, blocks, skip_threshold=10.0)
 
 
 def test_no_implementation_is_a_list_of_reasons() -> None:
@@ -224,7 +226,7 @@ def test_no_implementation_is_a_list_of_reasons() -> None:
 
     (q, k, v), blocks = attention_case()
     found = backend.reasons("block_sparse_attention", "xpu", q, k, v, blocks, scale=1.0, skip_threshold=None)
-    assert found == ["block_sparse_attention: no implementation for device 'xpu'; there is one for cpu"]
+    assert found == ["block_sparse_attention: no implementation for device 'xpu'; there is one for cpu, cuda"]
     with pytest.raises(RuntimeError, match="already registered"):
         backend.register(
             "block_sparse_attention", backend.implementations("block_sparse_attention", "cpu")[0], priority=0

@@ -168,17 +168,27 @@ class BlockMap:
                 that exceeds its block.
         """
         count, blocks = self.count, self.k.blocks
-        listed = (count <= self.capacity) | (count == blocks)
-        if bool((count < 0).any()) or not bool(listed.all()):
-            raise ValueError(
-                f"count must lie in [0, M={self.capacity}] or equal K={blocks}, got up to {int(count.max())}"
-            )
+        _refuse(
+            (count < 0) | ((count > self.capacity) & (count != blocks)),
+            count,
+            f"count must lie in [0, M={self.capacity}] or equal K={blocks}",
+        )
         used = (torch.arange(self.capacity, device=count.device) < count[..., None]) & (count < blocks)[..., None]
-        if bool((used & ((self.index < 0) | (self.index >= blocks))).any()):
-            raise ValueError(f"index holds key blocks outside [0, K={blocks})")
-        if bool((used[..., 1:] & (self.index[..., 1:] <= self.index[..., :-1])).any()):
-            raise ValueError("index must be ascending and free of duplicates within a row")
+        outside = used & ((self.index < 0) | (self.index >= blocks))
+        _refuse(outside, self.index, f"index must hold key blocks in [0, K={blocks})")
+        falling = torch.zeros_like(used)
+        falling[..., 1:] = used[..., 1:] & (self.index[..., 1:] <= self.index[..., :-1])
+        _refuse(falling, self.index, "index must be ascending and free of duplicates within a row")
         for name, side in (("q", self.q), ("k", self.k)):
-            if bool((side.length < 0).any()) or bool((side.length > side.block).any()):
-                raise ValueError(f"{name}.length must lie in [0, block={side.block}]")
+            wrong = (side.length < 0) | (side.length > side.block)
+            _refuse(wrong, side.length, f"{name}.length must lie in [0, block={side.block}]")
         return self
+
+
+def _refuse(wrong: Tensor, value: Tensor, words: str) -> None:
+    """Raise if any entry is wrong, with the place and the value of the first."""
+    if bool(wrong.any()):
+        place = [int(i) for i in wrong.nonzero()[0]]
+        axes = ("sample", "head", "block", "entry")
+        where = ", ".join(f"{axis} {i}" for axis, i in zip(axes, place, strict=False))
+        raise ValueError(f"{words}, got {int(value[tuple(place)])} at {where} ({int(wrong.sum())} in all)")

@@ -73,7 +73,9 @@ def _used(x: Tensor, pairs: Tensor) -> Tensor:
     return torch.where(pairs.any(-2).transpose(1, 2)[..., None], x, 0)
 
 
-def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap, *, scale: float) -> tuple[Tensor, Tensor]:
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap, *, scale: float, skip_threshold: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Softmax attention over the kept, valid key slots of each query slot.
 
     ``S = scale q k^T + key_bias``, ``LSE = log sum exp S`` (natural log), ``out = sum exp(S - LSE) v``. A query slot
@@ -81,15 +83,31 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap, *,
 
     Args:
         q: ``[B, Sq, H, D]``. k, v: ``[B, Sk, H, D]``. blocks: the map. scale: logit scale.
+        skip_threshold: Leave out of ``out``, not out of the LSE, the key blocks that come too late in their list to
+            matter: those where every row of the query block has ``max S`` in the block at least this far below its
+            maximum over the list so far (SpargeAttn, arXiv 2502.18137, section 3.4).
 
     Returns:
         out ``[B, Sq, H, D]`` in the dtype of ``q``; lse ``[B, Sq, H]`` float32 (float64 for float64).
     """
     s, pairs = _logits(q, k, blocks, scale)
     lse = s.to(statistics_dtype(q.dtype)).logsumexp(-1)
+    if skip_threshold is not None:
+        pairs = pairs & ~_late(s, blocks, skip_threshold)
     p = torch.where(pairs, (s - torch.where(lse.isinf(), 0, lse).to(s.dtype)[..., None]).exp(), 0)
     out = torch.einsum("bhnm,bmhd->bnhd", p, _used(v, pairs))
     return out, lse.transpose(1, 2).contiguous()
+
+
+def _late(s: Tensor, blocks: BlockMap, threshold: float) -> Tensor:
+    """``[B, H, Sq, Sk]`` bool: pairs of blocks whose logits ``s`` stay ``threshold`` below the maximum so far."""
+    row, column = (slot_block(side, size) for side, size in zip((blocks.q, blocks.k), s.shape[2:], strict=True))
+    place = _sink(column, blocks.k)[..., None, :].expand_as(s)
+    top = s.new_full((*s.shape[:3], blocks.k.blocks + 1), -torch.inf).scatter_reduce(3, place, s, "amax")[..., :-1]
+    near = (top - top.cummax(-1).values > -threshold).to(s.dtype)
+    of_row = _sink(row, blocks.q)[..., None].expand_as(near)
+    near = near.new_zeros(*s.shape[:2], blocks.q.blocks + 1, blocks.k.blocks).scatter_reduce(2, of_row, near, "amax")
+    return (near.gather(2, of_row).gather(3, column.clamp_min(0)[..., None, :].expand_as(s)) == 0) & (s > -torch.inf)
 
 
 def block_sparse_attention_backward(

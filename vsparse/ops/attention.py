@@ -109,8 +109,7 @@ def _attend_grad(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> 
     if grad_out is None and grad_lse is None:
         return None, None, None, *nothing
     index, count = _load_map(ctx, stored, count, q_length, k_length)
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grads = attend_backward(
         grad_out, grad_lse, q, k, v, out, lse, index, count, q_length, k_length, *starts_and_bias, *ctx.ints
     )
@@ -137,8 +136,9 @@ def block_sparse_attention(
             head keeps may hold anything.
         blocks: The map; carries the blockings of both sides.
         scale: Logit scale; None: ``D ** -0.5``.
-        skip_threshold: Skip ``P V`` of a block whose logits stay this far (natural log) below the running maximum;
-            no gradient. None: exact.
+        skip_threshold: Leave ``P V`` of a block out when every row of the query block has its logits there at least
+            this far (natural log) below the maximum over the list so far (SpargeAttn, arXiv 2502.18137, section 3.4);
+            the LSE stays exact; no gradient. None: exact.
 
     Returns:
         out ``[B, Sq, H, D]`` in the dtype of q; lse ``[B, Sq, H]``, natural log, float32 (float64 for float64 input).
@@ -152,6 +152,8 @@ def block_sparse_attention(
     blocks and the LSE gradient are defined in `vsparse.reference`.
     """
     check_attention(q, k, v, blocks)
+    if skip_threshold is not None and not skip_threshold >= 0:
+        raise ValueError(f"skip_threshold must be at least 0 or None (exact), got {skip_threshold}")
     out, lse = _attend(q, k, v, *as_tensors(blocks), scale_of(scale, q), skip_threshold)
     return out, lse
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -42,6 +43,8 @@ def like(x: Tensor) -> Tensor:
 
 
 def scale_of(scale: float | None, q: Tensor) -> float:
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number or None (D ** -0.5), got {scale}")
     return q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 

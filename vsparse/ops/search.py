@@ -124,8 +124,7 @@ def _search_grad(
     q, k, v, out, lse, length, start = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
         return (None,) * 7
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     blocks = BlockMap.full(as_blocking(length, start, ctx.block))
     return (
         *attend_backward(grad_out, grad_lse, q, k, v, out, lse, *as_tensors(blocks), ctx.scale),
