@@ -19,7 +19,7 @@ TORCH_INDEX_URL ?=
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-floor lint bench clean
+.PHONY: help demo test test-all test-floor lint bench gate bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,12 @@ lint: $(STAMP) ## ruff and mypy
 
 bench: $(STAMP) ## time block-sparse attention against dense attention on this machine
 	@$(BIN)/python scripts/bench_cpu.py
+
+bench-gpu: $(STAMP) ## the same on a GPU, correctness first (under ten minutes); writes out/bench
+	@$(BIN)/python scripts/bench_kernels.py
+
+gate: $(STAMP) ## compile the kernels without a GPU and check registers, spills, occupancy
+	@$(BIN)/python scripts/kernel_gate.py
 
 clean: ## remove outputs, builds and caches; keeps .venv
 	@rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

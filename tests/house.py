@@ -21,11 +21,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("geometry",),
     ("layouts",),
     ("blocks",),
-    ("patterns", "select"),
+    ("patterns",),
     ("reference",),
     ("backend",),
     ("ops",),
-    ("schedule", "state"),
+    ("select", "schedule", "state"),
     ("methods",),
     ("profile", "adapter", "cost", "runtime"),
     ("host",),
@@ -35,6 +35,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 RANK = {unit: rank for rank, floor in enumerate(FLOORS) for unit in floor}
 KERNELS_SEE = frozenset({"optional", "geometry", "layouts", "blocks", "reference", "backend", "ops"})
 TILES = "kernels/tiles"  # the ground floor of the Triton kernels
+STANDS_ON = {
+    "kernels/block_mass": frozenset({"kernels/block_sparse"}),  # the search is attention and its mass
+    "kernels/gather": frozenset({"kernels/block_sparse"}),  # the transpose of a map, and what a backward prepares
+}
 ROOF = frozenset({"training", "measure", "cli", "__main__"})
 SIDES = ("kernels", "integrations")
 LOADERS = frozenset({"vsparse/backend.py", "vsparse/host.py"})  # the two that import kernels and hosts by string
@@ -147,7 +151,7 @@ def may_see(unit: str) -> frozenset[str] | None:
     if unit == "parallel":
         return frozenset(other for other, rank in RANK.items() if rank <= RANK["ops"])
     if unit.startswith("kernels/"):
-        return KERNELS_SEE if unit in (TILES, "kernels/cpu") else KERNELS_SEE | {TILES}
+        return KERNELS_SEE if unit in (TILES, "kernels/cpu") else KERNELS_SEE | {TILES} | STANDS_ON.get(unit, set())
     if unit == "__init__" or unit.startswith("integrations/"):
         return frozenset({*RANK, "parallel"})
     return None

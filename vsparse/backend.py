@@ -13,7 +13,14 @@ __all__ = ["Implementation", "implementations", "lookup", "ops", "reasons", "reg
 # light and a missing compiler is a reason, not an import error.
 _PROVIDERS: dict[str, tuple[str, ...]] = {
     "cpu": ("vsparse.kernels.cpu",),
-    "cuda": ("vsparse.kernels.block_sparse",),
+    "cuda": (
+        "vsparse.kernels.block_sparse",
+        "vsparse.kernels.gather",
+        "vsparse.kernels.block_mass",
+        "vsparse.kernels.block_pool",
+        "vsparse.kernels.merge",
+        "vsparse.kernels.select",
+    ),
 }
 
 

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from vsparse.layouts import Blocking
 
-__all__ = ["BlockMap", "Transposed"]
+__all__ = ["BlockMap", "Transposed", "lists"]
+
+
+def lists(keep: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """``keep [..., K]`` bool -> the first ``capacity`` kept places of each row, ascending, and how many are kept."""
+    rank = keep.cumsum(-1) - 1
+    place = torch.where(keep, rank, capacity).clamp_max(capacity)
+    index = torch.zeros(*keep.shape[:-1], capacity + 1, dtype=torch.int32, device=keep.device)
+    block = torch.arange(keep.shape[-1], device=keep.device, dtype=torch.int32).expand_as(keep)
+    return index.scatter(-1, place, block)[..., :capacity].contiguous(), keep.sum(-1, dtype=torch.int32)
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -84,10 +93,7 @@ class BlockMap:
             raise ValueError(
                 f"keep must be bool [B|1, H|1, Q={q.blocks}, K={k.blocks}], got {keep.dtype} {tuple(keep.shape)}"
             )
-        capacity = k.blocks if capacity is None else min(capacity, k.blocks)
-        place = torch.where(keep, torch.arange(k.blocks, device=keep.device, dtype=torch.int32), k.blocks)
-        index = place.sort(-1).values[..., :capacity].clamp_max(k.blocks - 1).contiguous()
-        return cls(index, keep.sum(-1, dtype=torch.int32), q, k)
+        return cls(*lists(keep, k.blocks if capacity is None else min(capacity, k.blocks)), q, k)
 
     @classmethod
     def full(cls, q: Blocking, k: Blocking | None = None) -> BlockMap:

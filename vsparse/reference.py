@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vsparse.blocks import BlockMap
+from vsparse.blocks import BlockMap, lists
 from vsparse.layouts import Blocking
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "merge_attention",
     "merge_attention_backward",
     "search_attention",
+    "select_blocks",
     "slot_block",
     "statistics_dtype",
 ]
@@ -271,3 +272,54 @@ def merge_attention_backward(
         arriving = arriving + torch.where(lse.isinf(), 0, grad_lse)
     d_outs = [(w[..., None] * wide_grad).to(outs[0].dtype) for w in weight]
     return d_outs, [w * a for w, a in zip(weight, arriving, strict=True)]
+
+
+def select_blocks(
+    scores: Tensor,
+    length: Tensor,
+    forced: Tensor | None,
+    limit: Tensor,
+    *,
+    rule: str,
+    budget: str,
+    least: int,
+    capacity: int,
+) -> tuple[Tensor, Tensor]:
+    """Lists of the best key blocks of every row. Of equal scores the lower block index is the better one.
+
+    Args:
+        scores: ``[B|1, H|1, Q, K]`` float. length: ``[B|1, H|1, K]`` int32; empty key blocks are never chosen.
+        forced: ``[B|1, H|1, Q|1, K]`` bool, always kept, or None.
+        limit: ``[B|1, H|1, Q|1]``. With ``rule`` "count": that many are kept (int). "reach" and "stay": the best until
+            their sum reaches this share of the row's total, with or without the one that crosses it (float64); a share
+            of 1 keeps all. "value": those that score at least this much (float64).
+        budget: "exempt": forced blocks are out of the race; "compete": they come first in it; "join": they take part
+            like the others, and are added.
+        least: So many of the best are kept in any case.
+        capacity: M, entries of a list; further ones are cut off.
+
+    Returns:
+        index ``[B, H, Q, M]`` and count ``[B, H, Q]``, int32, over the common shape of the arguments.
+    """
+    used = (length > 0)[:, :, None]
+    ranked = torch.where(used, scores, -torch.inf)
+    if forced is not None and budget != "join":
+        ranked = torch.where(forced, torch.inf if budget == "compete" else -torch.inf, ranked)
+    open_, limit = ranked > -torch.inf, limit[..., None]
+    lead = torch.broadcast_shapes(ranked.shape, limit.shape)
+    place = ranked.argsort(dim=-1, descending=True, stable=True).expand(lead)
+    rank = torch.arange(ranked.shape[-1], device=scores.device)
+    chosen = (rank < least).expand(lead)
+    if rule == "count":
+        chosen = chosen | (rank < limit)
+    elif rule != "value":
+        weight = torch.where(open_ & used, scores, 0).expand(lead).gather(-1, place)
+        reached = weight.cumsum(-1, dtype=torch.float64)
+        goal = limit * reached[..., -1:]
+        before = torch.nn.functional.pad(reached[..., :-1], (1, 0))
+        chosen = chosen | (before < goal if rule == "reach" else reached <= goal) | (limit >= 1.0)
+    keep = torch.zeros(lead, dtype=torch.bool, device=scores.device).scatter(-1, place, chosen)
+    if rule == "value":
+        keep = keep | (ranked >= limit)
+    keep = keep & open_
+    return lists(keep if forced is None else keep | forced, capacity)

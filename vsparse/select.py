@@ -7,11 +7,11 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vsparse.blocks import BlockMap
 from vsparse.geometry import kept_blocks
 from vsparse.layouts import Blocking
+from vsparse.ops.selection import select_blocks
 
 __all__ = ["Budget", "budget", "expand_tiles", "forced_text", "head_global", "threshold", "top_k", "top_p"]
 
@@ -60,13 +60,8 @@ def top_k(
     Returns:
         The map. With fewer than ``count`` candidates a row keeps what there is.
     """
-    k = q if k is None else k
-    ranked = _ranked(scores, k, forced, forced_budget)
-    place = ranked.argsort(dim=-1, descending=True, stable=True)
-    limit = count[..., None] if isinstance(count, Tensor) else count
-    chosen = torch.arange(k.blocks, device=scores.device) < limit
-    keep = torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, place, chosen.expand_as(place))
-    return _finish(keep & (ranked > -torch.inf), forced, q, k, capacity)
+    limit = count if isinstance(count, Tensor) else _number(count, torch.int32, scores)
+    return _rows(scores, q, k, "count", limit, 0, forced, forced_budget, capacity)
 
 
 def top_p(
@@ -94,19 +89,10 @@ def top_p(
         forced_budget: "exempt": the total is that of the other blocks; "compete": forced blocks are the first to fill
             ``mass``; "join": as in `top_k`.
     """
-    k = q if k is None else k
     _fraction("mass", mass)
-    ranked = _ranked(scores, k, forced, forced_budget)
-    weight = torch.where((ranked > -torch.inf) & (k.length > 0)[:, :, None], scores, 0)
-    place = ranked.argsort(dim=-1, descending=True, stable=True)
-    reached = weight.gather(-1, place).cumsum(-1, dtype=torch.float64)
-    before = F.pad(reached[..., :-1], (1, 0))
-    share = mass.double()[..., None] if isinstance(mass, Tensor) else mass
-    goal = share * reached[..., -1:]
-    chosen = before < goal if include_crossing else reached <= goal
-    chosen = chosen | (torch.arange(k.blocks, device=scores.device) < least) | (share >= 1.0)
-    keep = torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, place, chosen.expand_as(place))
-    return _finish(keep & (ranked > -torch.inf), forced, q, k, capacity)
+    limit = mass.double() if isinstance(mass, Tensor) else _number(mass, torch.float64, scores)
+    rule = "reach" if include_crossing else "stay"
+    return _rows(scores, q, k, rule, limit, least, forced, forced_budget, capacity)
 
 
 def threshold(
@@ -120,13 +106,8 @@ def threshold(
     capacity: int | None = None,
 ) -> BlockMap:
     """Keep key blocks whose score is at least ``value`` (broadcasts against ``[B, H, Q]``), and the ``least`` best."""
-    k = q if k is None else k
-    ranked = _ranked(scores, k, forced, "exempt")
-    place = ranked.argsort(dim=-1, descending=True, stable=True)
-    first = (torch.arange(k.blocks, device=scores.device) < least).expand_as(place)
-    keep = torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, place, first)
-    keep = keep | (ranked >= (value[..., None] if isinstance(value, Tensor) else value))
-    return _finish(keep & (ranked > -torch.inf), forced, q, k, capacity)
+    limit = value.double() if isinstance(value, Tensor) else _number(value, torch.float64, scores)
+    return _rows(scores, q, k, "value", limit, least, forced, "exempt", capacity)
 
 
 def head_global(
@@ -148,7 +129,8 @@ def head_global(
     """
     k = q if k is None else k
     _fraction("density", density)
-    ranked = _ranked(scores, k, forced, "exempt")
+    ranked = torch.where((k.length > 0)[:, :, None], scores, -torch.inf)
+    ranked = ranked if forced is None else torch.where(forced, -torch.inf, ranked)
     flat = ranked.flatten(-2)
     pairs = flat.shape[-1]
     place = flat.argsort(dim=-1, descending=True, stable=True)
@@ -156,7 +138,8 @@ def head_global(
     chosen = (torch.arange(pairs, device=scores.device) < limit).expand_as(place)
     keep = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, place, chosen).view_as(ranked)
     best = top_k(scores, q, k, count=least).to_mask()
-    return _finish((keep | best) & (ranked > -torch.inf), forced, q, k, None)
+    keep = (keep | best) & (ranked > -torch.inf)
+    return BlockMap.from_mask(keep if forced is None else keep | forced, q, k)
 
 
 def expand_tiles(tiles: BlockMap, blocking: Blocking) -> BlockMap:
@@ -176,15 +159,29 @@ def _fraction(name: str, value: Tensor | float) -> None:
         raise ValueError(f"{name} must lie in (0, 1], got {value!r}")
 
 
-def _ranked(scores: Tensor, k: Blocking, forced: Tensor | None, mode: Budget) -> Tensor:
-    """Scores with empty key blocks at -inf and forced ones out of the race (-inf) or in front of it (+inf)."""
-    if mode not in get_args(Budget):
-        raise ValueError(f'forced_budget must be "exempt", "compete" or "join", got {mode!r}')
-    ranked = torch.where((k.length > 0)[:, :, None], scores, -torch.inf)
-    if forced is None or mode == "join":
-        return ranked
-    return torch.where(forced, torch.inf if mode == "compete" else -torch.inf, ranked)
+def _number(value: float, dtype: torch.dtype, scores: Tensor) -> Tensor:
+    return torch.full((1, 1, 1), value, dtype=dtype, device=scores.device)
 
 
-def _finish(keep: Tensor, forced: Tensor | None, q: Blocking, k: Blocking, capacity: int | None) -> BlockMap:
-    return BlockMap.from_mask(keep if forced is None else keep | forced, q, k, capacity=capacity)
+def _rows(
+    scores: Tensor,
+    q: Blocking,
+    k: Blocking | None,
+    rule: str,
+    limit: Tensor,
+    least: int,
+    forced: Tensor | None,
+    forced_budget: Budget,
+    capacity: int | None,
+) -> BlockMap:
+    if forced_budget not in get_args(Budget):
+        raise ValueError(f'forced_budget must be "exempt", "compete" or "join", got {forced_budget!r}')
+    k = q if k is None else k
+    if scores.ndim != 4 or scores.shape[2:] != (q.blocks, k.blocks) or not scores.is_floating_point():
+        raise ValueError(
+            f"scores must be floating [B|1, H|1, Q={q.blocks}, K={k.blocks}], got {scores.dtype} {tuple(scores.shape)}"
+        )
+    limit = limit if limit.ndim == 3 else limit.expand(*scores.shape[:3])
+    capacity = k.blocks if capacity is None else min(capacity, k.blocks)
+    index, count = select_blocks(scores.detach(), k.length, forced, limit, rule, forced_budget, least, capacity)
+    return BlockMap(index, count, q, k)

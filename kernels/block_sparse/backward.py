@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from vsparse.kernels.tiles import from_natural, load_tile, power, store_tile
+from vsparse.kernels.tiles.language import load_rows
 
 
 @triton.jit
@@ -152,6 +153,7 @@ def grad_queries(
     count = tl.load(p_count + i_b * s_count_b + i_h * s_count_h + i_q)
     p_list = p_index + i_b.to(tl.int64) * s_index_b + i_h.to(tl.int64) * s_index_h + i_q.to(tl.int64) * M
     listed = tl.where(count == K, 0, count)
+    last = tl.maximum(count - 1, 0)
     steps = tl.where(n_rows > 0, count, 0) * K_TILES
 
     # [BM, D]
@@ -171,33 +173,35 @@ def grad_queries(
     b_dq2 = tl.zeros([BM, D2 if D2 > 0 else 16], tl.float32)
 
     i_k = tl.load(p_list, mask=listed > 0, other=0)
+    n_block = tl.load(p_k_length + i_k)
+    start = tl.load(p_k_start + i_k) if STARTS_K else i_k * BK
+    bias = from_natural(tl.load(p_bias + i_k).to(tl.float32), NATURAL) if BIAS else 0.0
+    i_ahead = tl.minimum(1 // K_TILES, last)
+    i_ahead = tl.load(p_list + i_ahead, mask=i_ahead < listed, other=i_ahead)
     for i_step in range(0, steps):
         first_k = i_step % K_TILES * BN
-        slot = i_k * BK
-        if STARTS_K:
-            slot = tl.load(p_k_start + i_k)
-        slot += first_k
-        n_keys = tl.load(p_k_length + i_k) - first_k
-        bias = 0.0
-        if BIAS:
-            bias = from_natural(tl.load(p_bias + i_k).to(tl.float32), NATURAL)
-        i_next = (i_step + 1) // K_TILES
-        i_k = tl.load(p_list + i_next, mask=i_next < listed, other=i_next)
+        n_keys = n_block - first_k
+        slot = start + first_k
+        bias_now = bias
+        # Of the next step: its length, start and bias. Of the one after it: its block.
+        n_block = tl.load(p_k_length + i_ahead)
+        start = tl.load(p_k_start + i_ahead) if STARTS_K else i_ahead * BK
+        bias = from_natural(tl.load(p_bias + i_ahead).to(tl.float32), NATURAL) if BIAS else 0.0
+        i_ahead = tl.minimum((i_step + 2) // K_TILES, last)
+        i_ahead = tl.load(p_list + i_ahead, mask=i_ahead < listed, other=i_ahead)
         # [BN, D]
-        p_k_tile = p_k + slot.to(tl.int64) * s_ks
-        p_v_tile = p_v + slot.to(tl.int64) * s_vs
-        b_k1 = load_tile(p_k_tile, n_keys, s_ks, s_kd, BN, 0, D1, D, WHOLE_K)
-        b_v1 = load_tile(p_v_tile, n_keys, s_vs, s_vd, BN, 0, D1, D, WHOLE_K)
+        b_k1 = load_rows(p_k, slot, n_keys, s_ks, s_kd, BN, 0, D1, D, WHOLE_K)
+        b_v1 = load_rows(p_v, slot, n_keys, s_vs, s_vd, BN, 0, D1, D, WHOLE_K)
         b_k2 = b_k1
         # [BM, BN]
         b_s = tl.dot(b_q1, tl.trans(b_k1), input_precision=PRECISION)
         b_dp = tl.dot(b_g1, tl.trans(b_v1), input_precision=PRECISION)
         if D2 > 0:
-            b_k2 = load_tile(p_k_tile, n_keys, s_ks, s_kd, BN, D1, D2, D, WHOLE_K)
-            b_v2 = load_tile(p_v_tile, n_keys, s_vs, s_vd, BN, D1, D2, D, WHOLE_K)
+            b_k2 = load_rows(p_k, slot, n_keys, s_ks, s_kd, BN, D1, D2, D, WHOLE_K)
+            b_v2 = load_rows(p_v, slot, n_keys, s_vs, s_vd, BN, D1, D2, D, WHOLE_K)
             b_s = tl.dot(b_q2, tl.trans(b_k2), b_s, input_precision=PRECISION)
             b_dp = tl.dot(b_g2, tl.trans(b_v2), b_dp, input_precision=PRECISION)
-        b_p = power(b_s * logit_scale - (b_lse - bias)[:, None], NATURAL)
+        b_p = power(b_s * logit_scale - (b_lse - bias_now)[:, None], NATURAL)
         if n_keys < BN:
             b_p = tl.where(o_n[None, :] < n_keys, b_p, 0.0)
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k1.dtype)
@@ -314,6 +318,7 @@ def grad_keys(
     p_list = p_row + i_b.to(tl.int64) * s_row_b + i_h.to(tl.int64) * s_row_h + begin
     p_rest = p_full + i_b * s_full_b + i_h * s_full_h - listed
     entries = listed + tl.load(p_full_count + i_b * s_full_count_b + i_h * s_full_count_h)
+    last = tl.maximum(entries - 1, 0)
     steps = tl.where(n_keys > 0, entries, 0) * Q_TILES
 
     # [BN, D]
@@ -326,40 +331,48 @@ def grad_keys(
     b_dk1, b_dv1 = tl.zeros([BN, D1], tl.float32), tl.zeros([BN, D1], tl.float32)
     b_dk2 = tl.zeros([BN, D2 if D2 > 0 else 16], tl.float32)
     b_dv2 = tl.zeros([BN, D2 if D2 > 0 else 16], tl.float32)
-    o_m = tl.arange(0, BM)
+    o_m, o_pair = tl.arange(0, BM), tl.arange(0, 2)[None, :]
 
-    i_q = tl.load(tl.where(listed > 0, p_list, p_rest + listed), mask=entries > 0, other=0)
+    # Entries past the end repeat the last one.
+    i_q = tl.load(tl.where(listed > 0, p_list, p_rest), mask=entries > 0, other=0)
+    n_block = tl.load(p_q_length + i_q)
+    start = tl.load(p_q_start + i_q) if STARTS_Q else i_q * BQ
+    i_entry = tl.minimum(1 // Q_TILES, last)
+    i_ahead = tl.load(tl.where(i_entry < listed, p_list, p_rest) + i_entry, mask=entries > 0, other=0)
     for i_step in range(0, steps):
         first_q = i_step % Q_TILES * BM
-        row = i_q * BQ
-        if STARTS_Q:
-            row = tl.load(p_q_start + i_q)
-        row += first_q
-        n_rows = tl.load(p_q_length + i_q) - first_q
-        i_next = (i_step + 1) // Q_TILES
-        i_q = tl.load(tl.where(i_next < listed, p_list, p_rest) + i_next, mask=i_next < entries, other=0)
+        n_rows = n_block - first_q
+        row = start + first_q
+        # Of the next step: its length and start. Of the one after it: its block.
+        n_block = tl.load(p_q_length + i_ahead)
+        start = tl.load(p_q_start + i_ahead) if STARTS_Q else i_ahead * BQ
+        i_entry = tl.minimum((i_step + 2) // Q_TILES, last)
+        i_ahead = tl.load(tl.where(i_entry < listed, p_list, p_rest) + i_entry, mask=entries > 0, other=0)
+        # [BM, 2]: in one load, because Triton lets every thread fetch all of a tensor smaller than the program.
+        p_pair = tl.where(o_pair == 0, p_shift, p_delta) + (row + o_m)[:, None]
+        b_pair = tl.load(p_pair, mask=(o_m < n_rows)[:, None], other=float("inf"))
         # [BM]
-        b_lse = tl.load(p_shift + row + o_m, mask=o_m < n_rows, other=float("inf"))
-        b_delta = tl.load(p_delta + row + o_m, mask=o_m < n_rows, other=0.0)
+        b_lse, b_delta = tl.split(b_pair)
+        b_delta = tl.where(o_m < n_rows, b_delta, 0.0)
         # [BM, D]
-        p_q_tile = p_q + row.to(tl.int64) * s_qs
-        p_grad_tile = p_grad + row.to(tl.int64) * s_gs
-        b_q1 = load_tile(p_q_tile, n_rows, s_qs, s_qd, BM, 0, D1, D, False)
-        b_g1 = load_tile(p_grad_tile, n_rows, s_gs, s_gd, BM, 0, D1, D, False)
+        b_q1 = load_rows(p_q, row, n_rows, s_qs, s_qd, BM, 0, D1, D, False)
+        b_g1 = load_rows(p_grad, row, n_rows, s_gs, s_gd, BM, 0, D1, D, False)
         b_q2, b_g2 = b_q1, b_g1
         # [BN, BM]
         b_s = tl.dot(b_k1, tl.trans(b_q1), input_precision=PRECISION)
         if D2 > 0:
-            b_q2 = load_tile(p_q_tile, n_rows, s_qs, s_qd, BM, D1, D2, D, False)
-            b_g2 = load_tile(p_grad_tile, n_rows, s_gs, s_gd, BM, D1, D2, D, False)
+            b_q2 = load_rows(p_q, row, n_rows, s_qs, s_qd, BM, D1, D2, D, False)
+            b_g2 = load_rows(p_grad, row, n_rows, s_gs, s_gd, BM, D1, D2, D, False)
             b_s = tl.dot(b_k2, tl.trans(b_q2), b_s, input_precision=PRECISION)
         b_p = power(b_s * logit_scale - (b_lse - bias)[None, :], NATURAL)
         b_dv1 = tl.dot(b_p.to(b_g1.dtype), b_g1, b_dv1, input_precision=PRECISION)
-        b_dp = tl.dot(b_v1, tl.trans(b_g1), input_precision=PRECISION)
+        # The product starts from -delta: delta then takes no registers of its own.
+        b_dp = tl.zeros([BN, BM], tl.float32) - b_delta[None, :]
+        b_dp = tl.dot(b_v1, tl.trans(b_g1), b_dp, input_precision=PRECISION)
         if D2 > 0:
             b_dv2 = tl.dot(b_p.to(b_g1.dtype), b_g2, b_dv2, input_precision=PRECISION)
             b_dp = tl.dot(b_v2, tl.trans(b_g2), b_dp, input_precision=PRECISION)
-        b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q1.dtype)
+        b_ds = (b_p * b_dp).to(b_q1.dtype)
         b_dk1 = tl.dot(b_ds, b_q1, b_dk1, input_precision=PRECISION)
         if D2 > 0:
             b_dk2 = tl.dot(b_ds, b_q2, b_dk2, input_precision=PRECISION)

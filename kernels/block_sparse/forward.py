@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from vsparse.kernels.tiles import LN2, from_natural, load_tile, power, store_tile, to_natural
+from vsparse.kernels.tiles.language import load_rows
 
 
 @triton.jit
@@ -71,10 +72,11 @@ def attend(
 ):
     """``out = softmax(scale q k^T + bias) v`` over the listed blocks, and its natural-log LSE.
 
-    A program computes BM rows of one query block. It walks the block's list; the key block of the next step is carried
-    in a variable, so that the copies of K and V never wait for a list entry. The running maximum ``m``, the sum ``l``
-    and the accumulator follow FlashAttention-2 (arXiv 2307.08691, algorithm 1). ``scale`` and ``skip`` come in the base
-    of NATURAL.
+    A program computes BM rows of one query block. It walks the block's list and asks ahead: for the length of the next
+    step's block and the number of the block after it. Both are carried in variables, so that the copies of K and V wait
+    for no other load, and Triton does not take the small loads into its copy pipeline. The running maximum ``m``, the
+    sum ``l`` and the accumulator follow FlashAttention-2 (arXiv 2307.08691, algorithm 1). ``scale`` and ``skip`` come
+    in the base of NATURAL.
     """
     Q_TILES: tl.constexpr = (BQ + BM - 1) // BM
     K_TILES: tl.constexpr = (BK + BN - 1) // BN
@@ -96,6 +98,7 @@ def attend(
     p_list = p_index + i_b.to(tl.int64) * s_index_b + i_h.to(tl.int64) * s_index_h + i_q.to(tl.int64) * M
     # Lists of full rows are not read: entry j is block j.
     listed = tl.where(count == K, 0, count)
+    last = tl.maximum(count - 1, 0)
     steps = tl.where(n_rows > 0, count, 0) * K_TILES
 
     # [BM, D]
@@ -112,35 +115,37 @@ def attend(
     o_m, o_n = tl.arange(0, BM), tl.arange(0, BN)
 
     i_k = tl.load(p_list, mask=listed > 0, other=0)
+    n_block = tl.load(p_k_length + i_k)
+    start = tl.load(p_k_start + i_k) if STARTS_K else i_k * BK
+    bias = from_natural(tl.load(p_bias + i_k).to(tl.float32), NATURAL) if BIAS else 0.0
+    i_ahead = tl.minimum(1 // K_TILES, last)
+    i_ahead = tl.load(p_list + i_ahead, mask=i_ahead < listed, other=i_ahead)
     for i_step in range(0, steps):
         first_k = i_step % K_TILES * BN
-        slot = i_k * BK
-        if STARTS_K:
-            slot = tl.load(p_k_start + i_k)
-        slot += first_k
-        n_keys = tl.load(p_k_length + i_k) - first_k
-        bias = 0.0
-        if BIAS:
-            bias = from_natural(tl.load(p_bias + i_k).to(tl.float32), NATURAL)
-        i_next = (i_step + 1) // K_TILES
-        i_k = tl.load(p_list + i_next, mask=i_next < listed, other=i_next)
+        n_keys = n_block - first_k
+        slot = start + first_k
+        bias_now = bias
+        # Of the next step: its length, start and bias. Of the one after it: its block.
+        n_block = tl.load(p_k_length + i_ahead)
+        start = tl.load(p_k_start + i_ahead) if STARTS_K else i_ahead * BK
+        bias = from_natural(tl.load(p_bias + i_ahead).to(tl.float32), NATURAL) if BIAS else 0.0
+        i_ahead = tl.minimum((i_step + 2) // K_TILES, last)
+        i_ahead = tl.load(p_list + i_ahead, mask=i_ahead < listed, other=i_ahead)
         # [BN, D]
-        p_k_tile = p_k + slot.to(tl.int64) * s_ks
-        p_v_tile = p_v + slot.to(tl.int64) * s_vs
-        b_k = load_tile(p_k_tile, n_keys, s_ks, s_kd, BN, 0, D1, D, WHOLE_K)
+        b_k = load_rows(p_k, slot, n_keys, s_ks, s_kd, BN, 0, D1, D, WHOLE_K)
         # [BM, BN]
         b_s = tl.dot(b_q1, tl.trans(b_k), input_precision=PRECISION)
         if D2 > 0:
-            b_k = load_tile(p_k_tile, n_keys, s_ks, s_kd, BN, D1, D2, D, WHOLE_K)
+            b_k = load_rows(p_k, slot, n_keys, s_ks, s_kd, BN, D1, D2, D, WHOLE_K)
             b_s = tl.dot(b_q2, tl.trans(b_k), b_s, input_precision=PRECISION)
         if n_keys < BN:
             b_s = tl.where(o_n[None, :] < n_keys, b_s, -float("inf"))
         # [BM]
-        b_top = tl.max(b_s, 1) * scale + bias
+        b_top = tl.max(b_s, 1) * scale + bias_now
         b_new = tl.maximum(b_m, b_top)
         b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)
         # [BM, BN]
-        b_p = power(b_s * scale - (b_shift - bias)[:, None], NATURAL)
+        b_p = power(b_s * scale - (b_shift - bias_now)[:, None], NATURAL)
         b_alpha = power(b_m - b_shift, NATURAL)
         b_l = b_l * b_alpha + tl.sum(b_p, 1)
         b_m = b_new
@@ -151,10 +156,10 @@ def attend(
         if SKIP:
             near = tl.max(tl.where(o_m < n_rows, b_top - b_shift, -float("inf")), 0) > -skip
         if near:
-            b_v = load_tile(p_v_tile, n_keys, s_vs, s_vd, BN, 0, D1, D, WHOLE_K)
+            b_v = load_rows(p_v, slot, n_keys, s_vs, s_vd, BN, 0, D1, D, WHOLE_K)
             b_out1 = tl.dot(b_p.to(b_v.dtype), b_v, b_out1, input_precision=PRECISION)
             if D2 > 0:
-                b_v = load_tile(p_v_tile, n_keys, s_vs, s_vd, BN, D1, D2, D, WHOLE_K)
+                b_v = load_rows(p_v, slot, n_keys, s_vs, s_vd, BN, D1, D2, D, WHOLE_K)
                 b_out2 = tl.dot(b_p.to(b_v.dtype), b_v, b_out2, input_precision=PRECISION)
 
     b_norm = tl.where(b_l > 0, b_l, 1.0)

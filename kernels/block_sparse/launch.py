@@ -9,10 +9,11 @@ import triton
 from torch import Tensor
 
 from vsparse.blocks import BlockMap
-from vsparse.kernels.tiles import LOG2E, Width, architecture, lanes, map_lanes, reasons, strides
+from vsparse.kernels.tiles import LOG2E, Width, architecture, lanes, map_lanes, on_its_device, reasons, strides
 
 from .backward import grad_keys, grad_queries, prepare
 from .forward import attend
+from .transpose import transpose
 from .tuning import config
 
 __all__ = ["block_sparse_attention", "block_sparse_attention_backward", "unsupported", "unsupported_backward"]
@@ -65,6 +66,7 @@ def _in_base(x: float, natural: bool) -> float:
     return x if natural else x * LOG2E.value
 
 
+@on_its_device
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap, *, scale: float, skip_threshold: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -98,6 +100,7 @@ def _nothing(shape: torch.Size, *, dtype: torch.dtype, device: torch.device) -> 
     return torch.full(shape, -torch.inf, dtype=dtype, device=device)
 
 
+@on_its_device
 def block_sparse_attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -146,7 +149,7 @@ def block_sparse_attention_backward(
         BM=chosen.bm, BN=chosen.bn, **flags, **chosen.options,
     )  # fmt: skip
 
-    turned = blocks.transpose()
+    turned = transpose(blocks)
     offset, row, full, full_count = (
         lanes(x, batch, heads) for x in (turned.offset, turned.row, turned.full, turned.full_count)
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vsparse.backend import Implementation, register
 from vsparse.blocks import BlockMap
+from vsparse.reference import select_blocks
 
 from .attention import block_sparse_attention, block_sparse_attention_backward
 from .mass import block_mass, search_attention
@@ -48,3 +49,5 @@ _RUN: dict[str, Callable[..., Any]] = {
 
 for _op, _run in _RUN.items():
     register(_op, Implementation("gathered", "cpu", _run, _unsupported), priority=0)
+# Sorting is what a CPU does well: the definition is the implementation.
+register("select_blocks", Implementation("sorted", "cpu", select_blocks, lambda *_, **__: []), priority=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .host import INTERPRETED, Width, architecture, lanes, map_lanes, reasons, strides, tile_rows
+from .host import INTERPRETED, Width, architecture, lanes, map_lanes, on_its_device, reasons, strides, tile_rows
 from .language import LN2, LOG2E, from_natural, load_tile, power, store_tile, to_natural
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "lanes",
     "load_tile",
     "map_lanes",
+    "on_its_device",
     "power",
     "reasons",
     "store_tile",

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
 from vsparse.layouts import Blocking
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_WIDTH = 256
@@ -69,6 +74,18 @@ def architecture(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def on_its_device(run: Callable[P, R]) -> Callable[P, R]:
+    """Launch on the device of the first tensor among the arguments: Triton takes the current one instead."""
+
+    @functools.wraps(run)
+    def _guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = next(x for arg in args for x in (arg if isinstance(arg, list | tuple) else (arg,)) if x is not None)
+        with torch.cuda.device(first.device) if first.device.type == "cuda" else contextlib.nullcontext():
+            return run(*args, **kwargs)
+
+    return _guarded
 
 
 def reasons(*tensors: Tensor, width: int) -> list[str]:

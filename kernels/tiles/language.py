@@ -10,6 +10,21 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def read(p_tile, o_row, o_d, n_rows, INSIDE: tl.constexpr, D: tl.constexpr, WHOLE: tl.constexpr):
+    """A tile of pointers, zeros past ``n_rows`` and past D. INSIDE: no column is past D. WHOLE: every row is read."""
+    if WHOLE:
+        if INSIDE:
+            b_tile = tl.load(p_tile)
+        else:
+            b_tile = tl.load(p_tile, mask=o_d[None, :] < D, other=0.0)
+    elif INSIDE:
+        b_tile = tl.load(p_tile, mask=o_row[:, None] < n_rows, other=0.0)
+    else:
+        b_tile = tl.load(p_tile, mask=(o_row[:, None] < n_rows) & (o_d[None, :] < D), other=0.0)
+    return b_tile
+
+
+@triton.jit
 def load_tile(
     p_first,
     n_rows,
@@ -28,16 +43,31 @@ def load_tile(
     o_row = tl.arange(0, ROWS)
     o_d = FIRST + tl.arange(0, COLUMNS)
     p_tile = p_first + o_row[:, None] * s_row + o_d[None, :] * s_d
-    if WHOLE:
-        if FIRST + COLUMNS <= D:
-            b_tile = tl.load(p_tile)
-        else:
-            b_tile = tl.load(p_tile, mask=o_d[None, :] < D, other=0.0)
-    elif FIRST + COLUMNS <= D:
-        b_tile = tl.load(p_tile, mask=o_row[:, None] < n_rows, other=0.0)
-    else:
-        b_tile = tl.load(p_tile, mask=(o_row[:, None] < n_rows) & (o_d[None, :] < D), other=0.0)
-    return b_tile
+    return read(p_tile, o_row, o_d, n_rows, FIRST + COLUMNS <= D, D, WHOLE)
+
+
+@triton.jit
+def load_rows(
+    p_matrix,
+    i_first,
+    n_rows,
+    s_row,
+    s_d,
+    ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """`load_tile` of the rows from ``i_first`` on, for loops whose tiles lie anywhere.
+
+    Rows are added before they are multiplied: a thread then keeps its row number across steps. Of a pointer that moves
+    as a whole, it would keep an offset of 64 bits for every row that it copies.
+    """
+    o_row = tl.arange(0, ROWS)
+    o_d = FIRST + tl.arange(0, COLUMNS)
+    p_tile = p_matrix + ((i_first + o_row).to(tl.int64) * s_row)[:, None] + (o_d * s_d)[None, :]
+    return read(p_tile, o_row, o_d, n_rows, FIRST + COLUMNS <= D, D, WHOLE)
 
 
 @triton.jit

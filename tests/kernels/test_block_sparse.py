@@ -18,6 +18,7 @@ from torch import Tensor
 import vsparse
 from vsparse import BlockMap, backend, reference
 from vsparse.kernels.block_sparse import launch, tuning
+from vsparse.kernels.block_sparse import transpose as transposing
 from vsparse.kernels.tiles import Width
 
 TILE = (4, 16)
@@ -156,6 +157,21 @@ def test_skip_leaves_late_blocks_out(threshold: float, dtype: torch.dtype) -> No
         case.inputs,
         grads=False,
     )
+
+
+@pytest.mark.parametrize("scanned", [32, 2048])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_transpose(density: float, scanned: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transposing, "SCANNED", scanned)
+    for seed, lead in ((1, (1, 1)), (3, (2, 2))):
+        blocks = make(seed, q=(70, 1), k=(9, 4), density=density, lead=lead).blocks
+        found, wanted = transposing.transpose(blocks), blocks.transpose()
+        assert torch.equal(found.offset, wanted.offset)
+        assert torch.equal(found.full_count, wanted.full_count)
+        used = torch.arange(wanted.row.shape[-1]) < wanted.offset[..., -1:]
+        assert torch.equal(torch.where(used, found.row, 70), wanted.row)
+        used = torch.arange(70) < wanted.full_count[..., None]
+        assert torch.equal(torch.where(used, found.full, 70), wanted.full)
 
 
 def test_refusals_are_reasons() -> None:

@@ -150,6 +150,10 @@ def _calls(head_dim: int, block: int, dtype: torch.dtype) -> Iterator[tuple[str,
     yield "block_sparse_attention_backward", (q, lse, q, q, q, q, lse, blocks), scale
     yield "search_attention", (q, q, q, blocking), scale
     yield "block_mass", (q, q, lse, blocking, blocking), {**scale, "candidates": None, "rows": None}
+    scores = torch.empty(1, 2, layout.blocks, layout.blocks, device="meta")
+    limit = torch.ones(1, 1, 1, dtype=torch.int32, device="meta")
+    rule = {"rule": "count", "budget": "exempt", "least": 0, "capacity": layout.blocks}
+    yield "select_blocks", (scores, blocking.length, None, limit), rule
     yield "block_pool", (q, blocking), {}
     yield "block_pool_backward", (pooled, q, blocking), {}
     yield "merge_attention", ([q, q], [lse, lse]), {}
