@@ -32,7 +32,9 @@ def make(
     *,
     q: tuple[int, int] = (4, 8),
     k: tuple[int, int] = (6, 4),
-    lead: tuple[int, int] = (2, 2),
+    lead: tuple[int, int] | None = None,
+    batch: int = 2,
+    heads: int = 2,
     width: int = 16,
     dtype: torch.dtype = torch.float32,
     size: float = 1.0,
@@ -40,8 +42,11 @@ def make(
     bias: bool = False,
     density: float = 0.4,
 ) -> Case:
-    """Random maps over ragged blocks. ``q`` and ``k``: number and size of blocks. ``size``: scale of activations."""
-    q_side = strategies.blocking(*q, seed=seed, lead=(2, 1), ragged=ragged[0])
+    """Random maps over ragged blocks. ``q`` and ``k``: number and size of blocks. ``lead`` of the lists: one for each
+    sample and head, if not given. ``size``: scale of activations.
+    """
+    lead = (batch, heads) if lead is None else lead
+    q_side = strategies.blocking(*q, seed=seed, lead=(batch, 1), ragged=ragged[0])
     k_side = strategies.blocking(*k, seed=seed + 1, ragged=ragged[1])
     blocks = strategies.block_map(q_side, k_side, seed=seed, lead=lead, density=density)
     generator = torch.Generator().manual_seed(seed)
@@ -50,7 +55,7 @@ def make(
     inputs = []
     for side in (q_side, k_side, k_side):
         slots = strategies.slots(side)
-        x = torch.randn(2, slots, 2, width, generator=generator) * size
+        x = torch.randn(batch, slots, heads, width, generator=generator) * size
         valid = (reference.slot_block(side, slots) >= 0).transpose(1, 2)[..., None]
         inputs.append(torch.where(valid, x, 0).to(dtype))
     return Case(blocks, inputs)

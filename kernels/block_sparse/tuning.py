@@ -133,7 +133,8 @@ def _choice(step: str, arch: int, width: Width, q_block: int, k_block: int, item
     if itemsize == 4:
         # Products in full float32 run without tensor cores and keep whole rows in registers.
         side = 32 if columns <= 128 else 16
-        return Config(tile_rows(q_block, side), tile_rows(k_block, side), 4 if columns <= 64 else 8, 1), Limits()
+        kept = Limits(spill=0 if columns <= 128 else 16)
+        return Config(tile_rows(q_block, side), tile_rows(k_block, side), 4 if columns <= 64 else 8, 1), kept
     if columns > 128:
         return Config(tile_rows(q_block, 64 if step == "attend" else 32), tile_rows(k_block, 32), 4, 1), Limits()
     tall = tile_rows(q_block, 128) == 128

@@ -43,10 +43,10 @@ def test_single_tokens_are_gathered() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1.0, 4.0, 16.0])
 def test_activation_scales(dtype: torch.dtype, size: float) -> None:
-    hold(make(1, q=TOKENS, k=(3, 17), dtype=dtype, size=size))
+    hold(make(1, q=TOKENS, k=(3, 17), heads=1, dtype=dtype, size=size))
 
 
-@settings(max_examples=6)
+@settings(max_examples=5)
 @given(
     seed=st.integers(0, 999),
     q=st.integers(1, 20),
@@ -54,7 +54,8 @@ def test_activation_scales(dtype: torch.dtype, size: float) -> None:
     starts=st.booleans(),
     bias=st.booleans(),
     density=st.sampled_from([0.0, 0.3, 0.7, 1.0]),
-    lead=st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2)]),
+    lanes=st.sampled_from([(1, 2), (2, 1)]),
+    shared=st.booleans(),
     dtype=st.sampled_from(DTYPES),
 )
 def test_lists_and_lengths(
@@ -64,16 +65,19 @@ def test_lists_and_lengths(
     starts: bool,
     bias: bool,
     density: float,
-    lead: tuple[int, int],
+    lanes: tuple[int, int],
+    shared: bool,
     dtype: torch.dtype,
 ) -> None:
+    lead = (1, 1) if shared else lanes
+    sizes = {"q": (q, 1), "k": k, "batch": lanes[0], "heads": lanes[1], "lead": lead}
     with oracle.poison():
-        hold(make(seed, q=(q, 1), k=k, ragged=(False, starts), bias=bias, density=density, lead=lead, dtype=dtype))
+        hold(make(seed, **sizes, ragged=(False, starts), bias=bias, density=density, dtype=dtype))
 
 
 @pytest.mark.parametrize("width", [3, 64, 80, 96, 160])
 def test_head_dims(width: int) -> None:
-    hold(make(3, q=(9, 1), k=(2, 16), width=width, dtype=torch.bfloat16))
+    hold(make(3, q=(9, 1), k=(2, 16), batch=1, heads=1, width=width, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("parts", [1, 1 << 28])
@@ -84,10 +88,10 @@ def test_a_few_heads_at_a_time(parts: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_omitted_blocks_and_invalid_tokens_may_hold_nan() -> None:
-    for seed, ragged in ((2, False), (4, True)):
-        case = make(seed, q=(7, 1), k=(9, 8), density=0.05, ragged=(False, ragged))
+    for ragged in (False, True):
+        cases = (make(seed, q=(7, 1), k=(9, 8), heads=1, density=0.05, ragged=(False, ragged)) for seed in range(99))
+        case = next(x for x in cases if oracle.unused_keys(x.blocks, x.inputs[1].shape[1]).any())
         query, key, value = case.inputs
-        assert bool(oracle.unused_keys(case.blocks, key.shape[1]).any()), "the case must omit something"
         idle = (reference.slot_block(case.blocks.q, query.shape[1]) < 0).transpose(1, 2)[..., None]
         planted = [torch.where(idle, torch.nan, query), *(oracle.plant_nan(x, case.blocks) for x in (key, value))]
 
@@ -101,7 +105,7 @@ def test_omitted_blocks_and_invalid_tokens_may_hold_nan() -> None:
 
 
 def test_strided_inputs_and_two_runs_agree_to_the_bit() -> None:
-    case = make(6, q=TOKENS, k=(3, 17), dtype=torch.bfloat16)
+    case = make(6, q=TOKENS, k=(2, 17), heads=1, dtype=torch.bfloat16)
 
     def attend(*x: Tensor) -> tuple[Tensor, Tensor]:
         return vsparse.block_sparse_attention(*x, case.blocks)
