@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vsparse.kernels.tiles import from_natural, power
-from vsparse.kernels.tiles.language import load_rows
+from vsparse.kernels.tiles import from_natural, load_rows, power
 
 
 @triton.jit

@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vsparse.kernels.tiles import LN2, from_natural, load_tile, power, store_tile, to_natural
-from vsparse.kernels.tiles.language import load_rows
+from vsparse.kernels.tiles import LN2, from_natural, load_rows, load_tile, power, store_tile, to_natural
 
 
 @triton.jit

@@ -190,11 +190,13 @@ class Plan:
         *,
         label: bool = False,
         offsets: Tensor | None = None,
+        itemsize: int | None = None,
     ) -> None:
         lead = (q.shape[0], q.shape[2])
         self.q, self.k = Lanes(blocks.q, q, offsets), Lanes(blocks.k, k)
         self.lanes, self.width, self.dtype = lead[0] * lead[1], q.shape[-1], dtype
-        self.piece = min(max(PIECE, q.nbytes // 16), 4 * PIECE) // (self.width * q.element_size())
+        itemsize = q.element_size() if itemsize is None else itemsize
+        self.piece = min(max(PIECE, q.nbytes // 16), 4 * PIECE) // (self.width * itemsize)
         count = blocks.count.long().expand(*lead, -1).flatten(0, 1)
         self.full = (count == blocks.k.blocks) & (self.q.size > 0)
         self.count = torch.where(self.full | (self.q.size == 0), 0, count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .host import INTERPRETED, Width, architecture, lanes, map_lanes, on_its_device, reasons, strides, tile_rows
-from .language import LN2, LOG2E, from_natural, load_tile, power, store_tile, to_natural
+from .language import LN2, LOG2E, from_natural, load_rows, load_tile, power, store_tile, to_natural
 
 __all__ = [
     "INTERPRETED",
@@ -13,6 +13,7 @@ __all__ = [
     "architecture",
     "from_natural",
     "lanes",
+    "load_rows",
     "load_tile",
     "map_lanes",
     "on_its_device",
