@@ -5,19 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vsparse.kernels.tiles import from_natural, load_rows, power
-
-
-@triton.jit
-def gather_tile(p_first, o_row, m_row, s_row, s_d, FIRST: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr):
-    """Rows ``o_row`` of a strided matrix: ``[ROWS, COLUMNS]`` from column FIRST on, zeros outside ``m_row`` and D."""
-    o_d = FIRST + tl.arange(0, COLUMNS)
-    p_tile = p_first + o_row[:, None] * s_row + o_d[None, :] * s_d
-    if FIRST + COLUMNS <= D:
-        b_tile = tl.load(p_tile, mask=m_row[:, None], other=0.0)
-    else:
-        b_tile = tl.load(p_tile, mask=m_row[:, None] & (o_d[None, :] < D), other=0.0)
-    return b_tile
+from vsparse.kernels.tiles import from_natural, gather_tile, load_rows, power
 
 
 @triton.jit
@@ -133,10 +121,10 @@ def pair_mass(
     p_mass += ((lane * Q + i_pair) * Q_TILES + i_part) * K
     # [BM, D]
     p_q += i_b.to(tl.int64) * s_qb + i_h.to(tl.int64) * s_qh
-    b_q1 = gather_tile(p_q, b_slot, m_row, s_qs, s_qd, 0, D1, D)
+    b_q1 = gather_tile(p_q, b_slot * s_qs, m_row, s_qd, 0, D1, D)
     b_q2 = b_q1
     if D2 > 0:
-        b_q2 = gather_tile(p_q, b_slot, m_row, s_qs, s_qd, D1, D2, D)
+        b_q2 = gather_tile(p_q, b_slot * s_qs, m_row, s_qd, D1, D2, D)
     # [BM]
     b_sum = tl.zeros([BM], tl.float32)
     o_n = tl.arange(0, BN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vsparse.kernels.tiles import LN2, from_natural, load_rows, load_tile, power, store_tile, to_natural
+from vsparse.kernels.tiles import LN2, absorb, from_natural, load_rows, load_tile, store_tile, to_natural
 
 
 @triton.jit
@@ -139,21 +139,13 @@ def attend(
             b_s = tl.dot(b_q2, tl.trans(b_k), b_s, input_precision=PRECISION)
         if n_keys < BN:
             b_s = tl.where(o_n[None, :] < n_keys, b_s, -float("inf"))
-        # [BM]
-        b_top = tl.max(b_s, 1) * scale + bias_now
-        b_new = tl.maximum(b_m, b_top)
-        b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)
-        # [BM, BN]
-        b_p = power(b_s * scale - (b_shift - bias_now)[:, None], NATURAL)
-        b_alpha = power(b_m - b_shift, NATURAL)
-        b_l = b_l * b_alpha + tl.sum(b_p, 1)
-        b_m = b_new
+        b_p, b_alpha, b_m, b_l, b_below = absorb(b_s, b_m, b_l, scale, bias_now, NATURAL)
         b_out1 = b_out1 * b_alpha[:, None]
         if D2 > 0:
             b_out2 = b_out2 * b_alpha[:, None]
         near = True
         if SKIP:
-            near = tl.max(tl.where(o_m < n_rows, b_top - b_shift, -float("inf")), 0) > -skip
+            near = tl.max(tl.where(o_m < n_rows, b_below, -float("inf")), 0) > -skip
         if near:
             b_v = load_rows(p_v, slot, n_keys, s_vs, s_vd, BN, 0, D1, D, WHOLE_K)
             b_out1 = tl.dot(b_p.to(b_v.dtype), b_v, b_out1, input_precision=PRECISION)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vsparse.kernels.tiles import from_natural, load_tile, power, store_tile
-
-from .device import gather_tile, scatter_tile
+from vsparse.kernels.tiles import from_natural, gather_tile, load_tile, power, scatter_tile, store_tile
 
 
 @triton.jit

@@ -5,9 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vsparse.kernels.tiles import LN2, from_natural, load_tile, power, to_natural
-
-from .device import gather_tile, scatter_tile
+from vsparse.kernels.tiles import LN2, absorb, from_natural, gather_tile, load_tile, scatter_tile, to_natural
 
 
 @triton.jit
@@ -140,14 +138,7 @@ def attend_rows(
                 b_s = tl.dot(b_q2, tl.trans(b_k), b_s, input_precision=PRECISION)
             if n_keys < BN:
                 b_s = tl.where(o_n[None, :] < n_keys, b_s, -float("inf"))
-            # [BM]
-            b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale + bias)
-            b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)
-            # [BM, BN]
-            b_p = power(b_s * scale - (b_shift - bias)[:, None], NATURAL)
-            b_alpha = power(b_max - b_shift, NATURAL)
-            b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
-            b_max = b_new
+            b_p, b_alpha, b_max, b_sum, _ = absorb(b_s, b_max, b_sum, scale, bias, NATURAL)
             b_v = load_tile(p_v_tile, n_keys, s_vs, s_vd, BN, 0, D1, D, False)
             b_out1 = tl.dot(b_p.to(b_v.dtype), b_v, b_out1 * b_alpha[:, None], input_precision=PRECISION)
             if D2 > 0:

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from .host import INTERPRETED, Width, architecture, lanes, map_lanes, on_its_device, reasons, strides, tile_rows
-from .language import LN2, LOG2E, from_natural, load_rows, load_tile, power, store_tile, to_natural
+from .language import (
+    LN2,
+    LOG2E,
+    absorb,
+    from_natural,
+    gather_tile,
+    load_rows,
+    load_tile,
+    power,
+    scatter_tile,
+    store_tile,
+    to_natural,
+)
 
 __all__ = [
     "INTERPRETED",
     "LN2",
     "LOG2E",
     "Width",
+    "absorb",
     "architecture",
     "from_natural",
+    "gather_tile",
     "lanes",
     "load_rows",
     "load_tile",
@@ -19,6 +33,7 @@ __all__ = [
     "on_its_device",
     "power",
     "reasons",
+    "scatter_tile",
     "store_tile",
     "strides",
     "tile_rows",

@@ -116,3 +116,35 @@ def store_tile(
         tl.store(p_tile, b_tile, mask=o_row[:, None] < n_rows)
     else:
         tl.store(p_tile, b_tile, mask=(o_row[:, None] < n_rows) & (o_d[None, :] < D))
+
+
+@triton.jit
+def gather_tile(p_first, o_row, m_row, s_d, FIRST: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr):
+    """Rows at offsets ``o_row``: ``[len(o_row), COLUMNS]`` from column FIRST on, zeros past D and in masked rows."""
+    o_d = FIRST + tl.arange(0, COLUMNS)
+    p_tile = p_first + o_row[:, None] + o_d[None, :] * s_d
+    return tl.load(p_tile, mask=m_row[:, None] & (o_d[None, :] < D), other=0.0)
+
+
+@triton.jit
+def scatter_tile(p_first, o_row, b_tile, m_row, FIRST: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr):
+    """Write a tile to rows at offsets ``o_row``, rounded to the dtype of the target, whose columns are adjacent."""
+    o_d = FIRST + tl.arange(0, COLUMNS)
+    p_tile = p_first + o_row[:, None] + o_d[None, :]
+    tl.store(p_tile, b_tile.to(p_first.dtype.element_ty), mask=m_row[:, None] & (o_d[None, :] < D))
+
+
+@triton.jit
+def absorb(b_s, b_m, b_l, scale, bias, NATURAL: tl.constexpr):
+    """One step of online softmax (FlashAttention-2, arXiv 2307.08691, algorithm 1) over a tile of logits.
+
+    Args: ``b_s [ROWS, COLUMNS]`` products, -inf outside; ``b_m``, ``b_l`` ``[ROWS]`` maximum and sum so far.
+    Returns the probabilities against the new maximum, the factor for what was summed before, the new maximum and sum,
+    and how far the maximum of this tile stays below it.
+    """
+    b_top = tl.max(b_s, 1) * scale + bias
+    b_new = tl.maximum(b_m, b_top)
+    b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)
+    b_p = power(b_s * scale - (b_shift - bias)[:, None], NATURAL)
+    b_alpha = power(b_m - b_shift, NATURAL)
+    return b_p, b_alpha, b_new, b_l * b_alpha + tl.sum(b_p, 1), b_top - b_shift
