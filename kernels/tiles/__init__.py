@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .host import INTERPRETED, Width, architecture, lanes, map_lanes, on_its_device, reasons, strides, tile_rows
+from .host import Width, architecture, lanes, map_lanes, on_its_device, reasons, strides, tile_rows
 from .language import (
     LN2,
     LOG2E,
@@ -18,7 +18,6 @@ from .language import (
 )
 
 __all__ = [
-    "INTERPRETED",
     "LN2",
     "LOG2E",
     "Width",

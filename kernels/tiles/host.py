@@ -18,8 +18,8 @@ R = TypeVar("R")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_WIDTH = 256
+OLDEST = 80  # compute capability: bfloat16 products and asynchronous copies
 SMALLEST_TILE = 16  # the fewest rows and columns that a matrix product of Triton takes
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 class Width(NamedTuple):
@@ -70,7 +70,7 @@ def map_lanes(blocking: Blocking, batch: int, heads: int) -> tuple[Tensor, int, 
 @functools.cache
 def architecture(device: torch.device) -> int:
     """Compute capability as in ``sm_90`` -> 90; 0 on other devices and under the interpreter."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
@@ -93,6 +93,11 @@ def reasons(*tensors: Tensor, width: int) -> list[str]:
     found = [
         f"{dtype} is not among {', '.join(map(str, DTYPES))}"
         for dtype in sorted({x.dtype for x in tensors} - set(DTYPES), key=str)
+    ]
+    found += [
+        f"compute capability {arch // 10}.{arch % 10} is older than {OLDEST // 10}.{OLDEST % 10}"
+        for arch in sorted({architecture(x.device) for x in tensors})
+        if 0 < arch < OLDEST
     ]
     if width > MOST_WIDTH:
         found.append(f"head_dim {width} is larger than {MOST_WIDTH}")
