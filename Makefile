@@ -19,7 +19,7 @@ TORCH_INDEX_URL ?=
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-floor lint bench gate bench-gpu clean
+.PHONY: help demo test test-all test-floor lint bench gate bench-gpu tune-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ bench: $(STAMP) ## time block-sparse attention against dense attention on this m
 
 bench-gpu: $(STAMP) ## the same on a GPU, correctness first (under ten minutes); writes out/bench
 	@$(BIN)/python scripts/bench_kernels.py
+
+tune-gpu: $(STAMP) ## launch configurations on a GPU against those that ship; writes out/tune
+	@$(BIN)/python scripts/tune_kernels.py
 
 gate: $(STAMP) ## compile the kernels without a GPU and check registers, spills, occupancy
 	@$(BIN)/python scripts/kernel_gate.py

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses as dc
-import importlib.util
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,19 +20,12 @@ from vsparse.kernels.tiles import Width
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "kernel_gate.py"
 
 
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kernel_gate", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kernel_gate"] = module  # where dataclasses look for the annotations
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(SCRIPT.parent))
+gate = importlib.import_module("kernel_gate")
+cases, figures, limits = (importlib.import_module(f"kernel_code.{name}") for name in ("cases", "figures", "limits"))
 
-
-gate = load()
-CASE = gate.Case("attend", 90, "bf16", 128, 64, 64)
-GOOD = gate.Figures(
+CASE = cases.Case("attend", 90, "bf16", 128, 64, 64)
+GOOD = figures.Figures(
     bm=64, bn=64, warps=4, stages=3, registers=168, spill=0, shared=112 * 1024, tensor_columns=0, occupancy=2, wgmma=12,
     mma=0, tcgen=0, serial=False, tma=0, copies=48, narrow=0, local=0, slack=3, seconds=0.5,
 )  # fmt: skip
@@ -74,7 +67,7 @@ def test_interpreted_kernels_are_refused() -> None:
     ],
 )
 def test_occupancy(arch: int, registers: int, warps: int, kilobytes: int, columns: int, programs: int) -> None:
-    assert gate.occupancy(arch, registers, warps, kilobytes * 1024, columns) == programs
+    assert figures.occupancy(arch, registers, warps, kilobytes * 1024, columns) == programs
 
 
 @pytest.mark.parametrize(
@@ -93,7 +86,7 @@ def test_occupancy(arch: int, registers: int, warps: int, kilobytes: int, column
     ],
 )
 def test_breaches_are_told_in_words(change: dict[str, Any], words: str | None) -> None:
-    found = list(gate.breaches(CASE, dc.replace(GOOD, **change), LIMITS))
+    found = list(limits.breaches(CASE, dc.replace(GOOD, **change), LIMITS))
     assert len(found) == (words is not None)
     if words is not None:
         assert words in found[0]
@@ -101,31 +94,88 @@ def test_breaches_are_told_in_words(change: dict[str, Any], words: str | None) -
 
 def test_limits_can_allow() -> None:
     loose = tuning.Limits(occupancy=1, spill=32, narrow=1, serial=True)
-    figures = dc.replace(GOOD, occupancy=1, spill=32, local=9, narrow=1, serial=True, slack=0)
-    assert not list(gate.breaches(CASE, figures, loose))
+    worse = dc.replace(GOOD, occupancy=1, spill=32, local=9, narrow=1, serial=True, slack=0)
+    assert not list(limits.breaches(CASE, worse, loose))
+    assert list(limits.breaches(CASE, dc.replace(worse, local=17), loose)) == [
+        "17 loads and stores of local memory, at most 16"
+    ]
 
 
 def test_float32_is_held_to_resources_only() -> None:
     case = dc.replace(CASE, dtype="fp32")
-    assert not list(gate.breaches(case, dc.replace(GOOD, wgmma=0, slack=0), tuning.Limits()))
-    assert list(gate.breaches(case, dc.replace(GOOD, wgmma=0, spill=4), tuning.Limits()))
+    assert not list(limits.breaches(case, dc.replace(GOOD, wgmma=0, slack=0), tuning.Limits()))
+    assert list(limits.breaches(case, dc.replace(GOOD, wgmma=0, spill=4), tuning.Limits()))
 
 
 def test_small_tiles_are_for_single_warps() -> None:
     small = dc.replace(GOOD, bn=32, wgmma=0, mma=8)
-    assert not list(gate.breaches(dc.replace(CASE, step="grad_keys", d=256), small, LIMITS))
-    assert list(gate.breaches(CASE, small, LIMITS))
+    assert not list(limits.breaches(dc.replace(CASE, step="grad_keys", d=256), small, LIMITS))
+    assert list(limits.breaches(CASE, small, LIMITS))
+
+
+OTHERS = {case.name: case for case in cases.shipped((80, 90), False) if case.step not in cases.STEPS}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("merge sm_90 bf16 D128 64x64", {"wgmma": 0, "slack": 0, "spill": 32, "local": 16}, []),
+        ("merge sm_90 bf16 D128 64x64", {"spill": 36}, ["a thread spills 36 bytes, at most 32"]),
+        ("pool sm_80 bf16 D128 64x64", {"shared": 164 * 1024}, ["needs 164.0 KB of shared memory"]),
+        ("select/reach sm_90", {"wgmma": 0, "spill": 40, "local": 17}, ["spills 40 bytes", "17 loads and stores"]),
+        ("pair_mass/all sm_90 bf16 D128 64x64", {"wgmma": 0, "mma": 8}, ["no wgmma instructions", "8 products"]),
+        ("grad_blocks sm_90 bf16 D128 1x64", {"wgmma": 0}, ["no wgmma instructions"]),
+        ("attend_rows/full sm_80 bf16 D128 1x64", {"wgmma": 0, "mma": 8}, []),
+        ("attend_rows/full sm_80 bf16 D128 1x64", {"wgmma": 0}, ["no mma instructions"]),
+    ],
+)
+def test_other_kernels_have_limits_too(name: str, change: dict[str, Any], words: list[str]) -> None:
+    found = limits.judged(OTHERS[name], dc.replace(GOOD, **change))
+    assert len(found) == len(words)
+    for line, expected in zip(found, words, strict=True):
+        assert expected in line
+
+
+@pytest.mark.parametrize("name", limits.EXEMPTIONS)
+def test_exemptions_are_of_shipped_cases_have_a_reason_and_end(name: str) -> None:
+    names = {case.name: case for case in cases.shipped(cases.ARCHITECTURES, False)}
+    exemption = limits.EXEMPTIONS[name]
+    assert exemption.reason
+    assert exemption.limits.keys() <= {field.name for field in dc.fields(tuning.Limits)}
+    found = limits.judged(names[name], dc.replace(GOOD, occupancy=99, slack=99))
+    assert found == ["keeps to its limits without the exemption that is made for it, which can go"]
+
+
+def test_an_exemption_is_of_one_limit() -> None:
+    case = dc.replace(CASE, variant="skip")
+    assert limits.judged(case, dc.replace(GOOD, slack=1)) == []
+    assert len(limits.judged(case, dc.replace(GOOD, slack=0))) == 1
+    assert len(limits.judged(case, dc.replace(GOOD, slack=1, spill=4, local=1))) == 2
+
+
+def test_every_triton_kernel_that_a_launcher_starts_is_compiled() -> None:
+    started = {
+        name
+        for path in (SCRIPT.parents[1] / "kernels").glob("*/*.py")
+        for name in re.findall(r"^ +(\w+)\[\(.*\)\]\($", path.read_text(), re.MULTILINE)
+    }
+    assert started == {*cases.STEPS, *cases.KERNELS}
+
+
+def test_names_tell_cases_apart() -> None:
+    shipped = cases.shipped(cases.ARCHITECTURES, False)
+    assert len({case.name for case in shipped}) == len(shipped)
 
 
 def test_drift_counts_only_for_the_worse() -> None:
-    assert not list(gate.drift(GOOD, {"registers": 168, "occupancy": 2}))
-    assert not list(gate.drift(GOOD, {"registers": 170, "occupancy": 1}))
-    assert not list(gate.drift(GOOD, {"registers": 168 - gate.RIPPLE, "occupancy": 2}))
-    assert list(gate.drift(GOOD, {"registers": 152, "occupancy": 3})) == [
+    assert not list(limits.drift(GOOD, {"registers": 168, "occupancy": 2}))
+    assert not list(limits.drift(GOOD, {"registers": 170, "occupancy": 1}))
+    assert not list(limits.drift(GOOD, {"registers": 168 - limits.RIPPLE, "occupancy": 2}))
+    assert list(limits.drift(GOOD, {"registers": 152, "occupancy": 3})) == [
         "168 registers, 152 in the baseline",
         "2 programs per multiprocessor, 3 in the baseline",
     ]
-    assert "no baseline" in next(gate.drift(GOOD, None))
+    assert "no baseline" in next(limits.drift(GOOD, None))
 
 
 SASS = """
@@ -151,15 +201,15 @@ SASS = """
 
 
 def test_instructions_are_counted_in_the_loop_of_the_products() -> None:
-    assert gate.code_figures(SASS) == {
+    assert figures.code_figures(SASS) == {
         "wgmma": 2, "mma": 1, "tcgen": 0, "tma": 0, "copies": 3, "narrow": 1, "local": 1, "slack": 3,
     }  # fmt: skip
-    assert gate.main_loop("EXIT ;") == ""
+    assert figures.main_loop("EXIT ;") == ""
 
 
 def test_the_baseline_holds_what_a_default_run_needs() -> None:
     kernels = json.loads(gate.BASELINE.read_text())["kernels"]
-    assert {case.name for case in gate.shipped((80, 90), False)} <= set(kernels)
+    assert {case.name for case in cases.shipped((80, 90), False)} <= set(kernels)
     assert gate.baseline_text("3.6.0", kernels).count("registers") == len(kernels)
     assert json.loads(gate.baseline_text("3.6.0", kernels))["kernels"] == kernels
 
