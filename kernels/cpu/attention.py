@@ -29,7 +29,7 @@ def block_sparse_attention(
     assert skip_threshold is None
     wide = statistics_dtype(q.dtype)
     plan = Plan(blocks, q, k, wide)
-    out = q.new_zeros(q.shape)
+    out = q.new_empty(q.shape) if plan.complete else q.new_zeros(q.shape)
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
     rows, flat_out, flat_lse = (flat(q), flat(k), flat(v)), flat(out), flat(lse)
     key_major = plan.key_major
@@ -95,7 +95,7 @@ def _attend(
     """``out [n, A, D]`` and ``lse [n, A]`` of a chunk."""
     out, lses = chunk.q.take(rows[0], dtype).unsqueeze(1), []
     for part, to, bias in chunk.pieces():
-        k, v = to.take(rows[1], dtype).unsqueeze(1), to.take(rows[2], dtype).unsqueeze(1)
+        k, v = (to.take(x, dtype).unsqueeze(1) for x in rows[1:])
         piece, lse = _flash(out[part], k, v, attn_mask=_mask(bias), scale=scale)
         out[part] = piece  # in the place of its queries, which nothing needs any more
         lses.append(lse)

@@ -209,6 +209,13 @@ class Plan:
         self.label = label or self.bias is not None
 
     @property
+    def complete(self) -> bool:
+        """Whether every query slot is written: disjoint blocks hold all of them, and every row has keys."""
+        if self.key_major or self.q.slots * self.lanes != int(self.q.size.sum()):
+            return False
+        return bool((self.k.size > 0).all()) and bool((self.full | (self.count > 0)).all())
+
+    @property
     def key_major(self) -> bool:
         """Whether query blocks are so short that gathering keys for each of them would cost more than attending."""
         queries, keys = int(self.q.length.max()), int(self.k.length.max())
