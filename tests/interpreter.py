@@ -66,15 +66,15 @@ interpreter._patch_lang_tensor = _patch_lang_tensor
 @contextlib.contextmanager
 def triton_kernels(*ops: str) -> Iterator[None]:
     """Let the Triton implementations of these ops (none named: all there are) serve CPU tensors, before all others."""
-    found = {op: row for op in backend.ops("cuda") for row in backend.implementations(op, "cuda")}
-    assert not set(ops) - set(found)
+    served = backend.ops("cuda")
+    assert not set(ops) - set(served)
     added = []
     try:
-        for op in ops or found:
-            row = found[op]._replace(device="cpu")
-            backend._TABLE[op].insert(0, (1, row))
-            added.append((op, row))
+        for op in ops or served:
+            for row in reversed(backend.implementations(op, "cuda")):  # the best one ends up first
+                added.append((op, (1, row._replace(device="cpu"))))
+                backend._TABLE[op].insert(0, added[-1][1])
         yield
     finally:
-        for op, row in added:
-            backend._TABLE[op].remove((1, row))
+        for op, entry in added:
+            backend._TABLE[op].remove(entry)

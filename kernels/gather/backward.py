@@ -156,7 +156,9 @@ def grad_rows(
         if LISTED:
             p_index += i_b.to(tl.int64) * s_index_b + i_h.to(tl.int64) * s_index_h
             b_entry = tl.zeros([BM], tl.int32)
-            for i_entry in range(0, M):
+            # From the end, so that the first match stays: entries past the count may hold anything.
+            for i_back in range(0, M):
+                i_entry = M - 1 - i_back
                 b_listed = tl.load(p_index + b_row * M + i_entry, mask=m_row, other=-1)
                 b_entry = tl.where(b_listed == i_k, i_entry, b_entry)
             o_part += b_entry * s_pm
