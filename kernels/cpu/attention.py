@@ -94,12 +94,13 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """``out [n, A, D]`` and ``lse [n, A]`` of a chunk."""
     out, lses = chunk.q.take(rows[0], dtype).unsqueeze(1), []
+    rooms = [x.new_empty(chunk.room * chunk.k.row.shape[1], x.shape[1], dtype=dtype) for x in rows[1:]]
     for part, to, bias in chunk.pieces():
-        k, v = (to.take(x, dtype).unsqueeze(1) for x in rows[1:])
+        k, v = (to.take(x, dtype, room).unsqueeze(1) for x, room in zip(rows[1:], rooms, strict=True))
         piece, lse = _flash(out[part], k, v, attn_mask=_mask(bias), scale=scale)
         out[part] = piece  # in the place of its queries, which nothing needs any more
         lses.append(lse)
-        del k, v, piece  # before the next piece makes its own
+        del piece  # before the next one is made
     lse = torch.cat(lses)
     if chunk.bias is not None:
         # Flash reports 0 for a row whose every key is masked.

@@ -22,7 +22,7 @@ __all__ = ["Chunk", "Lanes", "Plan", "Tokens", "flat", "lane_groups", "tokens", 
 # the second-level caches of two cores hold. PIECES: of a chunk. GROUP: elements of one tensor in a group of lanes: what
 # one pass keeps warm, and what its sums take. PART: queries of a key-major set.
 PIECE = 1 << 19
-PIECES = 4
+PIECES = 3
 GROUP = 1 << 19
 PART = 512
 
@@ -50,9 +50,15 @@ class Tokens:
     valid: Tensor | None
     label: Tensor | None
 
-    def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows of ``x [B * S * H, ...]`` as ``[n, L, ...]`` in ``dtype``."""
-        taken = x.index_select(0, self.row.flatten()).to(dtype)
+    def take(self, x: Tensor, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
+        """Rows of ``x [B * S * H, ...]`` as ``[n, L, ...]`` in ``dtype``; ``room [n * L or more, ...]`` to put them in."""
+        row = self.row.flatten()
+        if room is None:
+            taken = x.index_select(0, row).to(dtype)
+        elif x.dtype == dtype:
+            taken = torch.index_select(x, 0, row, out=room[: len(row)])
+        else:
+            taken = room[: len(row)].copy_(x.index_select(0, row))
         return taken.view(*self.row.shape, *x.shape[1:])
 
     def part(self, lists: slice, width: int | None = None) -> Tokens:

@@ -153,12 +153,11 @@ def attend_rows(
         o_part, o_lse = b_row * s_ps, b_row * s_ls
         if LISTED:
             p_index += i_b.to(tl.int64) * s_index_b + i_h.to(tl.int64) * s_index_h
-            b_entry = tl.zeros([BM], tl.int32)
-            # From the end, so that the first match stays: entries past the count may hold anything.
-            for i_back in range(0, M):
-                i_entry = M - 1 - i_back
+            # The first match: entries past the count may hold anything.
+            b_entry = tl.full([BM], M, tl.int32)
+            for i_entry in range(0, M):
                 b_listed = tl.load(p_index + b_row * M + i_entry, mask=m_row, other=-1)
-                b_entry = tl.where(b_listed == i_k, i_entry, b_entry)
+                b_entry = tl.minimum(b_entry, tl.where(b_listed == i_k, i_entry, M))
             o_part += b_entry * s_pm
             o_lse += b_entry * s_lm
         p_part += i_b.to(tl.int64) * s_pb + i_h.to(tl.int64) * s_ph
