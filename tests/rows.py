@@ -63,7 +63,9 @@ _HOSTS = {
     "cogvideox": HostRow(model="CogVideoXTransformer3DModel"),
 }
 HOSTS = {key: row for key, row in _HOSTS.items() if any(row.model in host.models for host in CLAIMED)}
-_RADIAL = vsparse.Schedule(dense_steps=0.24)  # as published, but with its first layer sparse like all others
+# As published, but with their first layer sparse like all others.
+_RADIAL = vsparse.Schedule(dense_steps=0.24)
+_SVG = vsparse.Schedule(dense_steps=0.2)
 _METHODS = {
     "dense": MethodRow(everything={}, sparse={}),
     "vsa": MethodRow(everything={"density": 1.0}, sparse={"density": 0.3, "tile": (2, 4, 4), "block": 16}),
@@ -79,6 +81,10 @@ _METHODS = {
     "radial": MethodRow(
         everything={"decay_factor": 1e6, "adjacent": 1.0, "least": 1, "block": 16, "schedule": _RADIAL},
         sparse={"adjacent": 0.0, "least": 1, "sink_frames": 0, "block": 4, "schedule": _RADIAL},
+    ),
+    "svg": MethodRow(
+        everything={"density": 1.0, "block": 16, "schedule": _SVG},
+        sparse={"density": 0.4, "rows": 8, "sink_frames": 0, "block": 4, "schedule": _SVG},
     ),
     "nabla": MethodRow(
         everything={"mass": 1.0, "tile": (1, 2, 3), "block": 4},

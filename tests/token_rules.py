@@ -130,10 +130,11 @@ def _axis(pattern: patterns.Axis, grid: Grid) -> Callable[[Place, Place], bool]:
 
 
 def _band(pattern: patterns.Band, grid: Grid) -> Callable[[Place, Place], bool]:
-    def raster(place: Place) -> int:
-        return (place[0] * grid.h + place[1]) * grid.w + place[2]
-
-    return lambda q, k: abs(raster(q) - raster(k)) <= pattern.width
+    by_frame = list(itertools.product(range(grid.t), range(grid.h), range(grid.w)))
+    row = by_frame if pattern.order == "frame" else sorted(by_frame, key=lambda place: (place[1], place[2], place[0]))
+    where = {place: i for i, place in enumerate(row)}
+    width = pattern.width(grid) if callable(pattern.width) else pattern.width
+    return lambda q, k: abs(where[q] - where[k]) <= width
 
 
 def _frame_band(pattern: patterns.FrameBand, grid: Grid) -> Callable[[Place, Place], bool]:
@@ -177,6 +178,11 @@ def halving(distance: int, grid: Grid) -> int:
     return grid.frame // 2 ** (distance + 1) - 1
 
 
+def a_third(grid: Grid) -> int:
+    """A width that follows the grid."""
+    return grid.video // 3
+
+
 def _triples(least: int, most: int, *, whole: bool = False) -> st.SearchStrategy[object]:
     one = st.integers(least, most)
     part = st.one_of(st.none(), one) if whole else one
@@ -186,7 +192,9 @@ def _triples(least: int, most: int, *, whole: bool = False) -> st.SearchStrategy
 KINDS: dict[str, st.SearchStrategy[Pattern]] = {
     "constant": st.sampled_from([patterns.everything, patterns.nothing, patterns.text_keys, patterns.text_queries]),
     "divided": st.sampled_from([patterns.same_frame, patterns.same_position]),
-    "own": st.sampled_from([patterns.Axis(axis="h", rule=earlier), patterns.FrameBand(width=halving)]),
+    "own": st.sampled_from(
+        [patterns.Axis(axis="h", rule=earlier), patterns.FrameBand(width=halving), patterns.Band(width=a_third)]
+    ),
     "window": st.builds(
         patterns.Window,
         size=_triples(1, 5, whole=True),
@@ -206,7 +214,7 @@ KINDS: dict[str, st.SearchStrategy[Pattern]] = {
         lambda n: st.builds(patterns.KeyStride, step=st.just(n), offset=_triples(0, n - 1))
     ),
     "key frames": st.builds(patterns.KeyFrames, frames=st.lists(st.integers(-6, 6), max_size=3).map(tuple)),
-    "band": st.builds(patterns.Band, width=st.integers(0, 40)),
+    "band": st.builds(patterns.Band, width=st.integers(0, 40), order=st.sampled_from(["frame", "position"])),
     "frame band": st.builds(patterns.FrameBand, width=st.integers(-1, 12)),
     "decaying band": st.builds(
         patterns.FrameBand, width=st.lists(st.integers(-1, 12), min_size=1, max_size=5).map(tuple)

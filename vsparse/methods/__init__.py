@@ -16,6 +16,7 @@ _OURS = {
     "vmoba": ("vsparse.methods.vmoba", "VMoBA"),
     "sta": ("vsparse.methods.sta", "STA"),
     "radial": ("vsparse.methods.radial", "Radial"),
+    "svg": ("vsparse.methods.svg", "SVG"),
     "nabla": ("vsparse.methods.nabla", "NABLA"),
     "pattern": ("vsparse.methods.pattern", "StaticPattern"),
 }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses as dc
 import functools
+import math
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,41 +29,50 @@ def _near(middle: Tensor | int, low: Tensor, high: Tensor) -> Iterator[Tensor]:
         yield low.maximum(torch.as_tensor(guess)).minimum(high)
 
 
-def _least(low: Tensor, high: Tensor) -> Tensor:
-    """The least absolute value among the integers from ``low`` to ``high``."""
-    return low.maximum(-high).clamp_min(0)
+def _least(q: Box, k: Box, grid: Grid, axes: tuple[int, ...], base: Tensor | int = 0) -> Tensor:
+    """The least ``|base + n|``, where n runs over the differences of the positions that the axes number, last fastest.
 
-
-def _least_in_frame(q: Box, k: Box, grid: Grid, frames: Tensor | int = 0) -> Tensor:
-    """The least absolute difference ``frames * H * W + dh * W + dw``, for a given difference of frames.
-
-    ``|dw| < W``, so it is found with dh next to ``-frames * H``, or at the limit of dh that is nearest to that.
+    ``base`` is a multiple of how many positions there are. What the faster axes add stays below one step of a slower
+    one, so that the least value stands next to where the slower ones cancel ``base``, or at their nearest limit.
     """
-    (h0, h1), (w0, w1) = _differences(q, k, 1), _differences(q, k, 2)
-    base = frames * grid.frame
-    found = [_least(base + row * grid.w + w0, base + row * grid.w + w1) for row in _near(-frames * grid.h, h0, h1)]
+    low, high = _differences(q, k, axes[0])
+    if len(axes) == 1:
+        return (base + low).maximum(-(base + high)).clamp_min(0)
+    step = math.prod((grid.t, grid.h, grid.w)[axis] for axis in axes[1:])
+    found = [_least(q, k, grid, axes[1:], base + place * step) for place in _near(-(base // step), low, high)]
     return functools.reduce(torch.minimum, found)
 
 
-def _ends(q: Box, k: Box, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The lowest and the highest difference of in-frame positions ``h * W + w``."""
-    (h0, h1), (w0, w1) = _differences(q, k, 1), _differences(q, k, 2)
-    return h0 * grid.w + w0, h1 * grid.w + w1
+def _ends(q: Box, k: Box, grid: Grid, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest difference of the positions that the axes number, last fastest."""
+    low, high = _differences(q, k, axes[0])
+    for axis in axes[1:]:
+        size = (grid.t, grid.h, grid.w)[axis]
+        first, last = _differences(q, k, axis)
+        low, high = low * size + first, high * size + last
+    return low, high
 
 
 @dc.dataclass(frozen=True, repr=False, kw_only=True)
 class Band(Pattern):
-    """Keys at most ``width`` tokens before or after the query in raster order, frame borders ignored.
+    """Keys at most ``width`` tokens before or after the query when all video tokens stand in one row.
 
     Args:
-        width: Tokens.
+        width: Tokens, or a function of the grid; it must be hashable and depend on nothing else.
+        order: "frame": frame by frame, each in raster order, as the host has them: what is near in space. "position":
+            position by position, each with all its frames: what is near in time.
     """
 
-    width: int
+    width: int | Callable[[Grid], int]
+    order: Literal["frame", "position"] = "frame"
 
     def __post_init__(self) -> None:
-        if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 0:
-            raise ValueError(f"Band: width must be an integer >= 0, got {self.width!r}")
+        if not callable(self.width) and (
+            isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 0
+        ):
+            raise ValueError(f"Band: width must be an integer >= 0 or a function of the grid, got {self.width!r}")
+        if self.order not in ("frame", "position"):
+            raise ValueError(f'Band: order must be "frame" or "position", got {self.order!r}')
 
     @property
     def invariant(self) -> bool:
@@ -69,12 +80,11 @@ class Band(Pattern):
         return True
 
     def bounds(self, q: Box, k: Box, grid: Grid) -> Bounds:
-        """Exact: from the least and the greatest absolute difference; in-frame ones stay below one frame."""
-        t0, t1 = _differences(q, k, 0)
-        low, high = _ends(q, k, grid)
-        greatest = (t1 * grid.frame + high).maximum(-(t0 * grid.frame + low))
-        least = functools.reduce(torch.minimum, (_least_in_frame(q, k, grid, t) for t in _near(0, t0, t1)))
-        return Bounds.exact(least <= self.width, greatest <= self.width)
+        """Exact: from the least and the greatest absolute difference."""
+        width = self.width(grid) if callable(self.width) else self.width
+        axes = (0, 1, 2) if self.order == "frame" else (1, 2, 0)
+        low, high = _ends(q, k, grid, axes)
+        return Bounds.exact(_least(q, k, grid, axes) <= width, high.maximum(-low) <= width)
 
 
 @dc.dataclass(frozen=True, repr=False, kw_only=True)
@@ -119,8 +129,8 @@ class FrameBand(Pattern):
         """Exact: in-frame differences and frame differences of two boxes are independent of each other."""
         widest, narrowest = _extremes(self.widths(grid))
         lag0, lag1 = (lag + grid.t - 1 for lag in _differences(q, k, 0))
-        low, high = _ends(q, k, grid)
-        least, greatest = _least_in_frame(q, k, grid), high.maximum(-low)
+        low, high = _ends(q, k, grid, (1, 2))
+        least, greatest = _least(q, k, grid, (1, 2)), high.maximum(-low)
         return Bounds.exact(least <= widest[lag0, lag1], greatest <= narrowest[lag0, lag1])
 
 
