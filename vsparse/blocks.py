@@ -112,6 +112,11 @@ class BlockMap:
         keep = ((bits[..., None] >> shift) & 1).flatten(-2)[..., : k.blocks].bool()
         return cls.from_mask(keep, q, k, capacity=capacity)
 
+    def widened(self, capacity: int) -> BlockMap:
+        """The same map with room for ``capacity`` entries in each row; itself when it has as many or more."""
+        more = capacity - self.capacity
+        return self if more <= 0 else dc.replace(self, index=torch.nn.functional.pad(self.index, (0, more)))
+
     def to_mask(self) -> Tensor:
         """``[B|1, H|1, Q, K]`` bool, the dense form."""
         blocks = self.k.blocks

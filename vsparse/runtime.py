@@ -19,7 +19,7 @@ from vsparse import backend
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid
 from vsparse.layouts import Blocking, Layout
-from vsparse.methods.base import Call, Method, SparseAttention
+from vsparse.methods.base import Call, Method, SparseAttention, static_maps
 from vsparse.schedule import Phase, Schedule
 from vsparse.state import Version
 
@@ -162,7 +162,7 @@ class Runtime:
         self.pairs: dict[str, Tensor] = {}
         self.dense_pairs: Tensor | float = 0.0
         self._layouts: dict[tuple[Grid, int, torch.device], Layout] = {}
-        self._maps: dict[tuple[object, torch.device, int], tuple[object, BlockMap | None]] = {}
+        self._maps: dict[tuple[object, torch.device, int], BlockMap | None] = {}
         self._reasons: dict[tuple[object, ...], list[str]] = {}
         self._longest: list[tuple[tuple[weakref.ref[Tensor], ...], tuple[int, ...], int]] = []
         self._owner: threading.Thread | None = None
@@ -307,13 +307,13 @@ class Runtime:
         return self._layouts[key]
 
     def _static(self, layout: Layout, site: SparseAttention) -> BlockMap | None:
-        """The static map of a site on its layout's device; sites with equal patterns share one object."""
-        key = (layout.key, layout.length.device, site.site.layer)
-        if key not in self._maps:
-            pattern = self.method.static_pattern(site.site)
-            same = (found for k, found in self._maps.items() if k[:2] == key[:2] and found[0] == pattern)
-            self._maps[key] = next(same, None) or (pattern, self.method.static_map(layout, site.site))
-        return self._maps[key][1]
+        """The static map of a site on its layout's device."""
+        device = layout.length.device
+        if (layout.key, device, site.site.layer) not in self._maps:
+            sites = [s.site for s in self.sites if self._layout(layout.grid, s, device).key == layout.key]
+            found = static_maps(self.method, layout, sites)
+            self._maps |= {(layout.key, device, layer): blocks for layer, blocks in found.items()}
+        return self._maps[layout.key, device, site.site.layer]
 
     def _unsupported(self, sites: list[SparseAttention], reading: Reading, module: nn.Module) -> list[str]:
         """Why the kernel cannot run these sites, asked once for each layout and dtype."""

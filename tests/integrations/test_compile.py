@@ -93,6 +93,20 @@ def test_graphs_are_bounded_and_nothing_recompiles(host: str, method: str) -> No
     assert all(map(torch.equal, last, wanted[1]))
 
 
+def test_layers_with_patterns_of_their_own_share_the_graphs() -> None:
+    """Static maps of one layout have one capacity, however long their rows are."""
+    model, inputs = build("wan")
+    values = rows.prompt("wan", inputs, (6, 4, 4))
+    with vsparse.apply(model, "attention_tile", global_frames=(1, 4, 2), block=8) as patch:
+        wanted = rows.forward(model, values)
+        calls = [site.call for site in patch.sites]
+        assert len({call.static.count.sum().item() for call in calls}) == 3
+        assert len({call.static.capacity for call in calls}) == 1
+        count = compiled(model, Counted())
+        assert torch.equal(rows.forward(model, values), wanted)
+        assert count.graphs == stock_graphs("wan")
+
+
 @pytest.mark.parametrize("host", ["wan", "hunyuan_video"])
 def test_densities_share_the_graphs(host: str) -> None:
     """A density ramp: one set of graphs, however many densities."""

@@ -17,6 +17,7 @@ _OURS = {
     "sta": ("vsparse.methods.sta", "STA"),
     "radial": ("vsparse.methods.radial", "Radial"),
     "svg": ("vsparse.methods.svg", "SVG"),
+    "attention_tile": ("vsparse.methods.attention_tile", "AttentionTile"),
     "nabla": ("vsparse.methods.nabla", "NABLA"),
     "pattern": ("vsparse.methods.pattern", "StaticPattern"),
 }

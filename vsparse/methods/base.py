@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses as dc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from vsparse.patterns import Pattern, block_map
 from vsparse.schedule import Phase, Schedule
 from vsparse.state import RunState
 
-__all__ = ["Call", "Method", "Paper", "Site", "SparseAttention", "check_density", "zero_linear"]
+__all__ = ["Call", "Method", "Paper", "Site", "SparseAttention", "check_density", "static_maps", "zero_linear"]
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -212,6 +212,19 @@ class Method(abc.ABC):
                 accepted = ", ".join(known) if known else "none"
                 raise ValueError(f"method {self.key!r} has no option {name!r}; its options: {accepted}")
         return dc.replace(self, **overrides)
+
+
+def static_maps(method: Method, layout: Layout, sites: Sequence[Site]) -> dict[int, BlockMap | None]:
+    """Static map of each layer of some sites with one layout.
+
+    Sites with equal patterns share one object, and all maps have one capacity: they share their compiled graphs.
+    """
+    patterns = {site.layer: method.static_pattern(site) for site in sites}
+    first = {patterns[site.layer]: site for site in reversed(sites)}
+    maps = {pattern: method.static_map(layout, site) for pattern, site in first.items()}
+    widest = max((blocks.capacity for blocks in maps.values() if blocks is not None), default=0)
+    wide = {pattern: None if blocks is None else blocks.widened(widest) for pattern, blocks in maps.items()}
+    return {layer: wide[pattern] for layer, pattern in patterns.items()}
 
 
 def predict_density(layout: Layout, density: float) -> float:
