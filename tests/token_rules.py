@@ -100,6 +100,18 @@ def _cells(pattern: patterns.Cells, grid: Grid) -> Callable[[Place, Place], bool
     return lambda q, k: all(along(axis, q[axis], k[axis]) for axis in range(3))
 
 
+def _rolled_cells(pattern: patterns.RolledCells, grid: Grid) -> Callable[[Place, Place], bool]:
+    def along(axis: int, q: int, k: int) -> bool:
+        size, roll = three(pattern.size)[axis], three(pattern.roll)[axis]
+        length = (grid.t, grid.h, grid.w)[axis]
+        row = list(range(length))
+        for _ in range(roll or 0):
+            row = [row[-1], *row[:-1]]
+        return size is None or row.index(k) // size == q // size
+
+    return lambda q, k: all(along(axis, q[axis], k[axis]) for axis in range(3))
+
+
 def _offset(pattern: patterns.Offset, grid: Grid) -> Callable[[Place, Place], bool]:
     of = [units(grid, axis, three(pattern.unit)[axis] or 1) for axis in range(3)]
 
@@ -155,6 +167,7 @@ _GEOMETRY: dict[type, Callable[..., Callable[[Place, Place], bool]]] = {
     patterns.Nothing: lambda pattern, grid: lambda q, k: False,
     patterns.Window: _window,
     patterns.Cells: _cells,
+    patterns.RolledCells: _rolled_cells,
     patterns.Offset: _offset,
     patterns.Stride: _stride,
     patterns.KeyStride: _key_stride,
@@ -205,6 +218,7 @@ KINDS: dict[str, st.SearchStrategy[Pattern]] = {
     ),
     "cut window": st.builds(patterns.Window, size=_triples(1, 4), border=st.just("cut"), dilation=_triples(1, 2)),
     "cells": st.builds(patterns.Cells, size=_triples(1, 4, whole=True), shift=_triples(0, 3), halo=_triples(0, 2)),
+    "rolled cells": st.builds(patterns.RolledCells, size=_triples(1, 4, whole=True), roll=_triples(0, 5)),
     "unit offset": st.builds(
         patterns.Offset, low=_triples(-3, 1, whole=True), high=_triples(-1, 3, whole=True), unit=_triples(1, 3)
     ),

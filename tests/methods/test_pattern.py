@@ -63,6 +63,7 @@ def test_text_and_patterns_say_the_same() -> None:
     assert said == StaticPattern(pattern=(WINDOW, DIVIDED))
     assert said.options() == {
         "pattern": (repr(WINDOW), repr(DIVIDED)),
+        "by": "head",
         "tile": None,
         "block": 64,
         "break_at": None,
@@ -79,7 +80,7 @@ def test_a_function_cannot_be_written_down() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pattern": 3}, "pattern: pattern must be a Pattern or a tuple with one per head, got 3"),
+        ({"pattern": 3}, "pattern: pattern must be a Pattern or a tuple of them, got 3"),
         ({"pattern": ()}, "pattern: pattern must be"),
         ({"pattern": "Windows(size=3)"}, "'Windows\\(size=3\\)' is not a pattern"),
         ({"break_at": "row"}, 'break_at must be "frame" or None'),

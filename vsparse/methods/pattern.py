@@ -54,8 +54,9 @@ class StaticPattern(StaticMethod):
     """A pattern of your own, from `vsparse.patterns`.
 
     Args:
-        pattern: One for all heads and layers, or a tuple with one per head; a text is read by `vsparse.patterns.parse`.
-            The default keeps everything.
+        pattern: One for all heads and layers, or several; a text is read by `vsparse.patterns.parse`. The default keeps
+            everything. Published patterns have names there: `vsparse.patterns.presets`.
+        by: Of several patterns, "head": one for each head; "layer": layer l takes pattern ``l % n``.
         tile: Frames, rows, columns of a tile: tokens are ordered by tiles. None: in raster order.
         block: Slots of a block of the kernel. A block is computed if the pattern keeps any pair of tokens in it, so the
             order decides how many blocks a pattern costs.
@@ -68,17 +69,20 @@ class StaticPattern(StaticMethod):
     paper: ClassVar[Paper] = Paper(title="a static pattern of your own", arxiv="", trained=False)
 
     pattern: Pattern | str | tuple[Pattern | str, ...] = everything
+    by: Literal["head", "layer"] = "head"
     tile: tuple[int, int, int] | None = None
     block: int = 64
     break_at: Literal["frame"] | None = None
 
     def __post_init__(self) -> None:
-        given: Any = self.pattern
+        given: Any = parse(self.pattern) if isinstance(self.pattern, str) else self.pattern
         several = isinstance(given, tuple | list)
-        heads = tuple(parse(x) if isinstance(x, str) else x for x in (given if several else [given]))
-        if not heads or not all(isinstance(x, Pattern) for x in heads):
-            raise ValueError(f"pattern: pattern must be a Pattern or a tuple with one per head, got {self.pattern!r}")
-        object.__setattr__(self, "pattern", heads if several else heads[0])
+        parts = tuple(parse(x) if isinstance(x, str) else x for x in (given if several else [given]))
+        if not parts or not all(isinstance(x, Pattern) for x in parts):
+            raise ValueError(f"pattern: pattern must be a Pattern or a tuple of them, got {self.pattern!r}")
+        object.__setattr__(self, "pattern", parts if several else parts[0])
+        if self.by not in ("head", "layer"):
+            raise ValueError(f'pattern: by must be "head" or "layer", got {self.by!r}')
         if self.tile is not None and self.break_at is not None:
             raise ValueError(f"pattern: break_at={self.break_at!r} is for raster order, got tile={self.tile!r}, too")
         self._layout(Grid(t=1, h=1, w=1))
@@ -93,8 +97,9 @@ class StaticPattern(StaticMethod):
         return RasterLayout(grid, block=self.block, break_at=self.break_at)
 
     def static_pattern(self, site: Site) -> Pattern | tuple[Pattern, ...]:
-        """The pattern as given."""
-        return cast("Pattern | tuple[Pattern, ...]", self.pattern)
+        """The pattern as given, or the one of the site's layer."""
+        given = cast("Pattern | tuple[Pattern, ...]", self.pattern)
+        return given[site.layer % len(given)] if self.by == "layer" and isinstance(given, tuple) else given
 
     def options(self) -> dict[str, Any]:
         """The fields, patterns as text.

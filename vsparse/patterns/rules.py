@@ -20,6 +20,7 @@ __all__ = [
     "KeyStride",
     "Nothing",
     "Offset",
+    "RolledCells",
     "Stride",
     "Text",
     "Window",
@@ -223,6 +224,31 @@ class Cells(Separable):
         place = torch.arange(_sizes(grid)[axis])
         first = ((place + shift) // size * size - shift)[:, None]
         return (place >= first - halo) & (place < first + size + halo)
+
+
+@dc.dataclass(frozen=True, repr=False, kw_only=True)
+class RolledCells(Separable):
+    """Keys that stand in the query's own cell once all keys have moved on by ``roll``, the last ones to the front.
+
+    Args:
+        size: Frames, rows and columns of a cell, or one number; None: the whole axis.
+        roll: Positions that the keys move, one number or (frames, rows, columns).
+    """
+
+    size: OpenSizes
+    roll: Sizes
+
+    def __post_init__(self) -> None:
+        _set(self, size=_open("RolledCells: size", self.size, 1), roll=_closed("RolledCells: roll", self.roll, 0))
+
+    def relation(self, grid: Grid, axis: int) -> Tensor | None:
+        """One interval per axis, which may go round its end."""
+        size = _open_part(self.size, axis)
+        if size is None:
+            return None
+        place = torch.arange(_sizes(grid)[axis])
+        moved = (place + _part(self.roll, axis)) % len(place)
+        return (place // size)[:, None] == moved // size
 
 
 @dc.dataclass(frozen=True, repr=False, kw_only=True)

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import ast
 
-from vsparse.patterns import bands, rules
+from vsparse.patterns import bands, presets, rules
 from vsparse.patterns.algebra import Pattern
 
 __all__ = ["parse"]
 
 _RULES = {name: getattr(module, name) for module in (rules, bands) for name in module.__all__}
+_ONE = {name: getattr(presets, name) for name in ("divided", "interleaved", "neighborhood", "unidirectional", "window")}
+_SEVERAL = {name: getattr(presets, name) for name in ("global_local", "shards", "shifted_chunks", "stripes")}
 
 
-def parse(text: str) -> Pattern:
+def parse(text: str) -> Pattern | tuple[Pattern, ...]:
     """A pattern from an expression such as ``"Window(size=(3, 9, 9)) | KeyFrames(frames=(0,))"``.
 
     Names are those of `vsparse.patterns`, arguments are literals, and ``|``, ``&``, ``~``, ``.T`` and brackets combine.
-    Nothing is evaluated. Rules that hold a function of your own have no such form.
+    Nothing is evaluated. Rules that hold a function of your own have no such form. A preset with one pattern for each
+    head, such as ``"stripes(heads=12, width=2)"``, stands alone and gives a tuple.
 
     Raises:
         ValueError: anything else, or arguments that a rule refuses.
     """
     try:
-        return _pattern(ast.parse(text.strip(), mode="eval").body)
+        body = ast.parse(text.strip(), mode="eval").body
+        if isinstance(body, ast.Call) and isinstance(body.func, ast.Name) and body.func.id in _SEVERAL:
+            return _SEVERAL[body.func.id](**_options(body))  # type: ignore[no-any-return]
+        return _pattern(body)
     except (SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"{text!r} is not a pattern: {error}") from error
 
@@ -37,16 +43,19 @@ def _pattern(node: ast.expr) -> Pattern:
             return ~_pattern(node.operand)
         case ast.Attribute(attr="T"):
             return _pattern(node.value).T
-    called = isinstance(node, ast.Call)
     name = node.func if isinstance(node, ast.Call) else node
-    rule = _RULES.get(name.id) if isinstance(name, ast.Name) else None
+    known = _RULES | _ONE
+    rule = known.get(name.id) if isinstance(name, ast.Name) else None
     if rule is None:
-        raise ValueError(f"{ast.unparse(name)!r} is none of {', '.join(_RULES)}")
-    if called != isinstance(rule, type):
-        raise ValueError(f"{ast.unparse(name)} is written {'with' if not called else 'without'} parentheses")
-    if isinstance(node, ast.Call) and node.args:
+        if isinstance(name, ast.Name) and name.id in _SEVERAL:
+            raise ValueError(f"{name.id} gives one pattern for each head and combines with nothing")
+        raise ValueError(f"{ast.unparse(name)!r} is none of {', '.join(known | _SEVERAL)}")
+    if isinstance(node, ast.Call) != callable(rule):
+        raise ValueError(f"{ast.unparse(name)} is written {'with' if callable(rule) else 'without'} parentheses")
+    return rule(**_options(node)) if isinstance(node, ast.Call) else rule  # type: ignore[no-any-return]
+
+
+def _options(node: ast.Call) -> dict[str, object]:
+    if node.args:
         raise ValueError(f"{ast.unparse(node)!r}: arguments go by name, as in Window(size=(3, 9, 9))")
-    if not isinstance(node, ast.Call):
-        return rule  # type: ignore[no-any-return]
-    options = {option.arg or "**": ast.literal_eval(option.value) for option in node.keywords}
-    return rule(**options)  # type: ignore[no-any-return]
+    return {option.arg or "**": ast.literal_eval(option.value) for option in node.keywords}
