@@ -87,6 +87,7 @@ _METHODS = {
         sparse={"density": 0.4, "rows": 8, "sink_frames": 0, "block": 4, "schedule": _SVG},
     ),
     "attention_tile": MethodRow(everything={"global_frames": 99, "block": 16}, sparse={"global_frames": 1, "block": 4}),
+    "sla": MethodRow(everything={"density": 1.0, "block": 16}, sparse={"density": 0.3, "block": 8}),
     "nabla": MethodRow(
         everything={"mass": 1.0, "tile": (1, 2, 3), "block": 4},
         sparse={"mass": 0.3, "window": (1, 1, 1), "tile": (1, 2, 2), "block": 4},

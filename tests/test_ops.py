@@ -70,6 +70,36 @@ def test_gradcheck_pool(ragged: bool) -> None:
     assert not similarity.requires_grad
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+def test_gradcheck_linear(ragged: bool) -> None:
+    inputs, blocks = attention_case(ragged)
+    leaves = [inputs[0].abs().requires_grad_(), inputs[1].abs().requires_grad_(), inputs[2].requires_grad_()]
+    assert torch.autograd.gradcheck(lambda q, k, v: vsparse.block_linear_attention(q, k, v, blocks), leaves)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_linear_attention_by_hand(ragged: bool) -> None:
+    """Token by token over the kept pairs; with empty rows, and NaN in the key blocks that nobody keeps."""
+    (q, k, v), blocks = attention_case(ragged)
+    pairs = oracle.pairs(blocks, q.shape[1], k.shape[1])
+    assert bool((blocks.count == 0).any())
+
+    def hand(dtype: torch.dtype) -> Tensor:
+        weight = torch.einsum("bqhd,bkhd->bhqk", q.abs().to(dtype), k.abs().to(dtype)) * pairs
+        total = weight.sum(-1, keepdim=True)
+        return torch.einsum("bhqk,bkhd->bqhd", torch.where(total > 0, weight / total, 0), v.to(dtype))
+
+    given = [x.float() for x in (q.abs(), *(oracle.plant_nan(x, blocks) for x in (k.abs(), v)))]
+    found = vsparse.block_linear_attention(*given, blocks)
+    oracle.check("linear attention", found, hand(torch.float32), hand(torch.float64))
+
+
+def test_linear_attention_refuses_a_key_bias() -> None:
+    inputs, blocks = attention_case(bias=True)
+    with pytest.raises(ValueError, match="the map has a key_bias"):
+        vsparse.block_linear_attention(*inputs, blocks)
+
+
 def test_gradcheck_merge() -> None:
     generator = torch.Generator().manual_seed(0)
     outs = [torch.randn(1, 3, 2, 4, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3)]

@@ -24,6 +24,7 @@ _HOMES = {
     "PartitionLayout": "vsparse.layouts",
     "Blocking": "vsparse.layouts",
     "BlockMap": "vsparse.blocks",
+    "block_linear_attention": "vsparse.ops",
     "block_sparse_attention": "vsparse.ops",
     "block_mass": "vsparse.ops",
     "search_attention": "vsparse.ops",

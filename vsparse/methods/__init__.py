@@ -18,6 +18,7 @@ _OURS = {
     "radial": ("vsparse.methods.radial", "Radial"),
     "svg": ("vsparse.methods.svg", "SVG"),
     "attention_tile": ("vsparse.methods.attention_tile", "AttentionTile"),
+    "sla": ("vsparse.methods.sla", "SLA"),
     "nabla": ("vsparse.methods.nabla", "NABLA"),
     "pattern": ("vsparse.methods.pattern", "StaticPattern"),
 }

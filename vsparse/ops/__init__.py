@@ -1,11 +1,13 @@
 """The ops: schemas, shapes under FakeTensor, autograd, and the public wrappers that check and call them."""
 
 from vsparse.ops.attention import block_sparse_attention, unsupported
+from vsparse.ops.linear import block_linear_attention
 from vsparse.ops.merge import merge_attention
 from vsparse.ops.pool import block_pool
 from vsparse.ops.search import block_mass, search_attention
 
 __all__ = [
+    "block_linear_attention",
     "block_mass",
     "block_pool",
     "block_sparse_attention",
