@@ -86,6 +86,10 @@ _METHODS = {
         everything={"density": 1.0, "block": 16, "schedule": _SVG},
         sparse={"density": 0.4, "rows": 8, "sink_frames": 0, "block": 4, "schedule": _SVG},
     ),
+    "svg2": MethodRow(
+        everything={"mass": 1.0, "query_clusters": 5, "key_clusters": 9, "first_iterations": 3, "schedule": _SVG},
+        sparse={"mass": 0.4, "query_clusters": 6, "key_clusters": 10, "first_iterations": 3, "schedule": _SVG},
+    ),
     "attention_tile": MethodRow(everything={"global_frames": 99, "block": 16}, sparse={"global_frames": 1, "block": 4}),
     "sla": MethodRow(everything={"density": 1.0, "block": 16}, sparse={"density": 0.3, "block": 8}),
     "nabla": MethodRow(
@@ -209,7 +213,7 @@ def phases(method: str) -> dict[str, int]:
     first: dict[str, int] = {}
     filled = False
     for step in range(STEPS):
-        phase = kind.default_schedule.phase(step=step, steps=STEPS, layer=10**6, filled=filled)
+        phase = kind().phase(kind.default_schedule, step=step, steps=STEPS, layer=10**6, filled=filled)
         filled = filled or phase in kind.state_phases
         first.setdefault(phase, step)
     return first

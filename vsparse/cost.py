@@ -43,13 +43,15 @@ def attention_cost(
     for site, layout in sites:
         unit = 4.0 * batch * site.heads * site.head_dim
         density = method.predicted_density(layout, site)
+        filled = False
         for step in range(rounds):
             known = None if steps is None else step
-            phase = schedule.phase(step=known, steps=steps, layer=site.layer, filled=step > 0)
+            phase = method.phase(schedule, step=known, steps=steps, layer=site.layer, filled=filled)
+            filled = filled or phase in method.state_phases
             full = unit * layout.tokens**2
             dense += full
             extra = 0.0 if phase == "dense" else method.search_flops(layout, site, batch, phase)
-            exact = phase == "dense" or (phase == "search" and phase in method.state_phases)
+            exact = phase in method.exact_phases
             pairs += full if exact else full * density
             sparse += extra + (full if exact else unit * layout.slots**2 * density)
             search += extra

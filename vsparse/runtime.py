@@ -281,10 +281,11 @@ class Runtime:
 
     def _phase(self, site: SparseAttention, where: Where, branch: str) -> Phase:
         filled = bool(site.state.version(branch))
-        phase = self.schedule.phase(step=where.step, steps=where.steps, layer=site.site.layer, filled=filled)
+        step, layer = where.step, site.site.layer
+        phase = self.method.phase(self.schedule, step=step, steps=where.steps, layer=layer, filled=filled)
         if where.step is not None and phase in self.method.state_phases and site.state.stamp(branch) == where.step:
             # A second evaluation of a step that has already searched: it reads, and never writes.
-            return "dense" if phase == "search" else "reuse"
+            return "dense" if phase in self.method.exact_phases else "reuse"
         return phase
 
     def _density(self, module: nn.Module) -> float:

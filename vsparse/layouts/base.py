@@ -23,6 +23,8 @@ class Blocking:
         start: ``[B|1, H|1, K]`` int32, first slot of each block, or None when block ``i`` starts at ``i * block``.
         layout: The layout that was bound; needed by ``pack``, ``unpack`` and ``expand`` only.
         valid: ``[B|1, H|1, S]`` bool, slots that hold a valid token, or None when every slot does.
+        slot_token, token_slot: ``[B, H, N]`` int64, an order of its own, found from data (`arrange`), for ``pack`` and
+            ``unpack``; None: the layout's.
     """
 
     length: Tensor
@@ -30,6 +32,8 @@ class Blocking:
     start: Tensor | None = None
     layout: Layout | None = None
     valid: Tensor | None = None
+    slot_token: Tensor | None = None
+    token_slot: Tensor | None = None
 
     @property
     def blocks(self) -> int:
@@ -57,7 +61,10 @@ class Blocking:
         layout = self._bound()
         if x.ndim != 4 or x.shape[1] != layout.tokens:
             raise ValueError(f"pack: x must be [B, N={layout.tokens}, H, D] for {layout.grid}, got {tuple(x.shape)}")
-        y = x if layout.identity else _take(x, layout.slot_source)
+        if self.slot_token is not None:
+            y = _take(x, self.slot_token)
+        else:
+            y = x if layout.identity else _take(x, layout.slot_source)
         return y if self.valid is None else torch.where(self.valid.transpose(1, 2).unsqueeze(-1), y, 0)
 
     def unpack(self, y: Tensor) -> Tensor:
@@ -65,6 +72,8 @@ class Blocking:
         layout = self._bound()
         if y.ndim != 4 or y.shape[1] != layout.slots:
             raise ValueError(f"unpack: y must be [B, S={layout.slots}, H, D], got {tuple(y.shape)}")
+        if self.token_slot is not None:
+            return _take(y, self.token_slot)
         return y if layout.identity else _take(y, layout.token_slot)
 
     def expand(self, pooled: Tensor) -> Tensor:
@@ -72,6 +81,8 @@ class Blocking:
         if pooled.ndim != 4 or pooled.shape[1] != self.blocks:
             raise ValueError(f"expand: pooled must be [B, K={self.blocks}, H, D], got {tuple(pooled.shape)}")
         layout = self._bound()
+        if self.token_slot is not None:
+            raise ValueError("expand: blocks of an order found from data differ by sample and head")
         per_tile = layout.blocks // self.blocks
         return _take(pooled, layout.token_block // per_tile if per_tile > 1 else layout.token_block)
 
@@ -109,6 +120,7 @@ class Layout:
         text_offset: ``[K]`` int32, tokens of text before this block (0 for blocks that hold none).
         start: ``[B|1, H|1, K]`` int32 or None for the padded grid.
         blocks_per_tile: Consecutive blocks that together hold one tile.
+        queries: The layout of the queries where it has other blocks than that of the keys, which this one is then.
     """
 
     grid: Grid
@@ -121,6 +133,7 @@ class Layout:
     text_offset: Tensor
     start: Tensor | None = None
     blocks_per_tile: int = 1
+    queries: Layout | None = None
     identity: bool = dc.field(init=False)
     video_tiles: int = dc.field(init=False)
     padded: bool = dc.field(init=False)
@@ -224,7 +237,8 @@ def _moved(layout: Layout, device: torch.device) -> Layout:
             if field.name == "tiled":
                 continue
             value = getattr(layout, field.name)
-            object.__setattr__(twin, field.name, value.to(device) if isinstance(value, Tensor) else value)
+            moves = isinstance(value, Tensor | Layout)
+            object.__setattr__(twin, field.name, value.to(device) if moves else value)
     return twin
 
 

@@ -128,7 +128,7 @@ def _raster_tables(grid: Grid, block: int, break_at: str | None) -> dict[str, ob
         return _assemble(grid, before + video + after, block, 1, ("raster", grid, block, break_at))
 
 
-def _positive(name: str, value: int) -> int:
+def positive(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return value
@@ -137,7 +137,7 @@ def _positive(name: str, value: int) -> int:
 def _three_sizes(name: str, value: tuple[int, int, int]) -> tuple[int, int, int]:
     if not isinstance(value, tuple | list) or len(value) != 3:
         raise ValueError(f"{name} must be three positive integers (frames, rows, columns), got {value!r}")
-    t, h, w = (_positive(f"{name}[{axis}]", size) for axis, size in enumerate(value))
+    t, h, w = (positive(f"{name}[{axis}]", size) for axis, size in enumerate(value))
     return t, h, w
 
 
@@ -159,7 +159,7 @@ class TileLayout(Layout):
 
     def __init__(self, grid: Grid, *, tile: tuple[int, int, int] = (4, 4, 4), block: int | None = None) -> None:
         tile = _three_sizes("tile", tile)
-        tables = _tile_tables(grid, tile, math.prod(tile) if block is None else _positive("block", block))
+        tables = _tile_tables(grid, tile, math.prod(tile) if block is None else positive("block", block))
         super().__init__(**tables)  # type: ignore[arg-type]
 
 
@@ -197,4 +197,4 @@ class RasterLayout(Layout):
     def __init__(self, grid: Grid, *, block: int = 64, break_at: Literal["frame"] | None = None) -> None:
         if break_at not in (None, "frame"):
             raise ValueError(f'break_at must be "frame" or None, got {break_at!r}')
-        super().__init__(**_raster_tables(grid, _positive("block", block), break_at))  # type: ignore[arg-type]
+        super().__init__(**_raster_tables(grid, positive("block", block), break_at))  # type: ignore[arg-type]

@@ -168,9 +168,7 @@ def facts(run: Run, clip: Clip) -> list[str]:
 def _dense_steps(run: Run, clip: Clip) -> str:
     """How many denoising steps computed everything; the first search of a stateful method is exact, too."""
     calls: Mapping[str, int] = {} if run.stats is None else run.stats["calls"]
-    exact = calls.get("dense", 0)
-    if "search" in get_method(run.method).state_phases:
-        exact += calls.get("search", 0)
+    exact = sum(calls.get(phase, 0) for phase in get_method(run.method).exact_phases)
     return f"{round(clip.steps * exact / max(1, sum(calls.values())))} of {clip.steps} steps dense"
 
 

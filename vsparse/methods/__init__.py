@@ -17,6 +17,7 @@ _OURS = {
     "sta": ("vsparse.methods.sta", "STA"),
     "radial": ("vsparse.methods.radial", "Radial"),
     "svg": ("vsparse.methods.svg", "SVG"),
+    "svg2": ("vsparse.methods.svg2", "SVG2"),
     "attention_tile": ("vsparse.methods.attention_tile", "AttentionTile"),
     "sla": ("vsparse.methods.sla", "SLA"),
     "nabla": ("vsparse.methods.nabla", "NABLA"),

@@ -40,6 +40,7 @@ class AdaSpa(Method):
     paper: ClassVar[Paper] = Paper(title="AdaSpa: adaptive sparse attention", arxiv="2502.21079", trained=False)
     default_schedule: ClassVar[Schedule] = Schedule(dense_steps=0.2, search_at=(0.2, 0.6))
     state_phases: ClassVar[frozenset[str]] = frozenset({"search", "refresh"})
+    exact_phases: ClassVar[frozenset[str]] = frozenset({"dense", "search"})
 
     density: float = 0.2
     block: int = 64

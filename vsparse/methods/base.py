@@ -151,6 +151,7 @@ class Method(abc.ABC):
     Class attributes:
         key: Registry name. default_schedule: the published schedule. requires: what a site must offer.
         paper: Source. state_phases: phases that leave something for later calls (empty: stateless).
+        exact_phases: phases whose output is full attention.
     """
 
     key: ClassVar[str]
@@ -158,6 +159,7 @@ class Method(abc.ABC):
     default_schedule: ClassVar[Schedule] = Schedule()
     requires: ClassVar[frozenset[str]] = frozenset()
     state_phases: ClassVar[frozenset[str]] = frozenset()
+    exact_phases: ClassVar[frozenset[str]] = frozenset({"dense"})
 
     @abc.abstractmethod
     def layout(self, grid: Grid, site: Site) -> Layout:
@@ -166,6 +168,10 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def build(self, site: Site) -> SparseAttention:
         """The module for a site. Must not draw from the global random generator."""
+
+    def phase(self, schedule: Schedule, *, step: int | None, steps: int | None, layer: int, filled: bool) -> Phase:
+        """The phase of one call: what the schedule says; the arguments are those of `Schedule.phase`."""
+        return schedule.phase(step=step, steps=steps, layer=layer, filled=filled)
 
     def call_density(self) -> float:
         """Density that goes into `Call.density` when no ramp overrides it."""

@@ -1,6 +1,7 @@
 """The ops: schemas, shapes under FakeTensor, autograd, and the public wrappers that check and call them."""
 
 from vsparse.ops.attention import block_sparse_attention, unsupported
+from vsparse.ops.cluster import cluster_tokens
 from vsparse.ops.linear import block_linear_attention
 from vsparse.ops.merge import merge_attention
 from vsparse.ops.pool import block_pool
@@ -11,6 +12,7 @@ __all__ = [
     "block_mass",
     "block_pool",
     "block_sparse_attention",
+    "cluster_tokens",
     "merge_attention",
     "search_attention",
     "unsupported",
