@@ -17,6 +17,7 @@ _OURS = {
     "sta": ("vsparse.methods.sta", "STA"),
     "radial": ("vsparse.methods.radial", "Radial"),
     "nabla": ("vsparse.methods.nabla", "NABLA"),
+    "sparge": ("vsparse.methods.sparge", "SpargeAttn"),
     "pattern": ("vsparse.methods.pattern", "StaticPattern"),
 }
 
