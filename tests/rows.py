@@ -88,6 +88,10 @@ _METHODS = {
         everything={"mass": 1.0, "block": 16},
         sparse={"mass": 0.3, "similarity": 0.1, "block": 16},
     ),
+    "xattention": MethodRow(
+        everything={"mass": 1.0, "stride": 4, "block": 16},
+        sparse={"mass": 0.3, "stride": 4, "block": 16},
+    ),
     "pattern": MethodRow(
         everything={"block": 16},
         sparse={"pattern": (Window(size=(1, 3, 3)), same_frame & Stride(step=2)), "tile": (1, 2, 2), "block": 4},

@@ -18,6 +18,7 @@ _OURS = {
     "radial": ("vsparse.methods.radial", "Radial"),
     "nabla": ("vsparse.methods.nabla", "NABLA"),
     "sparge": ("vsparse.methods.sparge", "SpargeAttn"),
+    "xattention": ("vsparse.methods.xattention", "XAttention"),
     "pattern": ("vsparse.methods.pattern", "StaticPattern"),
 }
 
