@@ -92,6 +92,10 @@ _METHODS = {
         everything={"mass": 1.0, "stride": 4, "block": 16},
         sparse={"mass": 0.3, "stride": 4, "block": 16},
     ),
+    "draft": MethodRow(
+        everything={"density": 1.0, "tile": (1, 2, 3), "block": 4},
+        sparse={"density": 0.2, "tile": (1, 2, 2), "block": 4},
+    ),
     "pattern": MethodRow(
         everything={"block": 16},
         sparse={"pattern": (Window(size=(1, 3, 3)), same_frame & Stride(step=2)), "tile": (1, 2, 2), "block": 4},

@@ -19,6 +19,7 @@ _OURS = {
     "nabla": ("vsparse.methods.nabla", "NABLA"),
     "sparge": ("vsparse.methods.sparge", "SpargeAttn"),
     "xattention": ("vsparse.methods.xattention", "XAttention"),
+    "draft": ("vsparse.methods.draft", "DraftAttention"),
     "pattern": ("vsparse.methods.pattern", "StaticPattern"),
 }
 
