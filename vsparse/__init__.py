@@ -22,6 +22,7 @@ _HOMES = {
     "TileLayout": "vsparse.layouts",
     "RasterLayout": "vsparse.layouts",
     "PartitionLayout": "vsparse.layouts",
+    "CurveLayout": "vsparse.layouts",
     "Blocking": "vsparse.layouts",
     "BlockMap": "vsparse.blocks",
     "block_sparse_attention": "vsparse.ops",

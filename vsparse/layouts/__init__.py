@@ -1,6 +1,7 @@
 """Orders and blockings: where each token sits while attention works on blocks, and how it gets back."""
 
 from vsparse.layouts.base import Blocking, Layout
+from vsparse.layouts.curve import CurveLayout
 from vsparse.layouts.kinds import PartitionLayout, RasterLayout, TileLayout
 
-__all__ = ["Blocking", "Layout", "PartitionLayout", "RasterLayout", "TileLayout"]
+__all__ = ["Blocking", "CurveLayout", "Layout", "PartitionLayout", "RasterLayout", "TileLayout"]
