@@ -96,6 +96,10 @@ _METHODS = {
         everything={"density": 1.0, "tile": (1, 2, 3), "block": 4},
         sparse={"density": 0.2, "tile": (1, 2, 2), "block": 4},
     ),
+    "jenga": MethodRow(
+        everything={"density": 1.0, "block": 16},
+        sparse={"density": 0.1, "mass": 0.1, "block": 4},
+    ),
     "pattern": MethodRow(
         everything={"block": 16},
         sparse={"pattern": (Window(size=(1, 3, 3)), same_frame & Stride(step=2)), "tile": (1, 2, 2), "block": 4},

@@ -20,6 +20,7 @@ _OURS = {
     "sparge": ("vsparse.methods.sparge", "SpargeAttn"),
     "xattention": ("vsparse.methods.xattention", "XAttention"),
     "draft": ("vsparse.methods.draft", "DraftAttention"),
+    "jenga": ("vsparse.methods.jenga", "Jenga"),
     "pattern": ("vsparse.methods.pattern", "StaticPattern"),
 }
 
