@@ -13,13 +13,14 @@ from torch import Tensor
 from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
-from vsparse.layouts import Blocking, Layout, RasterLayout
+from vsparse.layouts import Blocking, CurveLayout, Layout, RasterLayout
 from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, predict_density
 from vsparse.schedule import Phase
 
 __all__ = ["SpargeAttention", "SpargeAttn"]
 
 PerHead = float | tuple[float, ...]
+_ORDERS: dict[str, type[RasterLayout] | type[CurveLayout]] = {"raster": RasterLayout, "hilbert": CurveLayout}
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -42,13 +43,14 @@ class SpargeAttn(Method):
         sink: Every row keeps the first video block.
         skip_threshold: Leave ``P V`` of a kept block out when all its logits lie this far (natural log, positive) below
             the running maximum; the released default, 50, is off in effect. None: off. Has no gradient.
+        order: "raster", the order of the host, as in the released code, or "hilbert", along a curve through the video,
+            by which neighbours in space and time share a block: sparsity 0.392 instead of 0.363 in the paper.
         block: Slots of a block, of queries and of keys.
 
     Differs from the released code: blocks of 64 x 64 instead of 128 x 64; no INT8 or FP8; zero vectors count as
     dissimilar instead of 0/0; "density" rounds up; ``skip_threshold`` is one number for all heads and applies to a
     whole block instead of the rows of a warp; joint text is always attended, its rows are full, and it takes no part in
-    the pooled softmax, but in the mean that is taken off the keys; the order of the tokens is the host's (a Hilbert
-    curve saved 3 % of density in the paper).
+    the pooled softmax, but in the mean that is taken off the keys.
     """
 
     key: ClassVar[str] = "sparge"
@@ -61,6 +63,7 @@ class SpargeAttn(Method):
     smooth_keys: bool = True
     sink: bool = False
     skip_threshold: float | None = None
+    order: Literal["raster", "hilbert"] = "raster"
     block: int = 64
 
     def __post_init__(self) -> None:
@@ -83,7 +86,9 @@ class SpargeAttn(Method):
                 f"sparge: skip_threshold must be one number >= 0 for all heads or None (off), "
                 f"got {self.skip_threshold!r}"
             )
-        RasterLayout(Grid(t=1, h=1, w=1), block=self.block)
+        if self.order not in _ORDERS:
+            raise ValueError(f'sparge: order must be "raster" or "hilbert", got {self.order!r}')
+        _ORDERS[self.order](Grid(t=1, h=1, w=1), block=self.block)
 
     @property
     def least_similarity(self) -> PerHead:
@@ -97,8 +102,8 @@ class SpargeAttn(Method):
         return max(_each("similarity", self.least_similarity)) > 0.0
 
     def layout(self, grid: Grid, site: Site) -> Layout:
-        """Host order in blocks; text starts a block of its own."""
-        return RasterLayout(grid, block=self.block)
+        """Blocks of consecutive tokens in the chosen order; text starts a block of its own."""
+        return _ORDERS[self.order](grid, block=self.block)
 
     def call_density(self) -> float:
         """The density of the form that has one."""
