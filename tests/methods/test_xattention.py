@@ -180,6 +180,17 @@ def test_block_0_is_kept_only_when_chosen() -> None:
     assert one.maps[0].to_mask()[0, 0].tolist() == [[False, True]] * 2
 
 
+def test_large_activations_do_not_overflow_half_precision() -> None:
+    """A sum of 32 products of 60 and 60 is more than float16 holds; its logit is not."""
+    grid = vsparse.Grid(t=1, h=1, w=16)
+    q, k = (torch.full((1, 16, 1, DIM), 60.0) for _ in range(2))
+    k[:, 8:] = -60.0
+    blocking = XAttention(stride=4, block=8).layout(grid, driven(XAttention(), grid).site).bind()
+    mass = antidiagonal_mass(q.half(), k.half(), blocking, 4)
+    assert torch.equal(mass, antidiagonal_mass(q, k, blocking, 4))
+    assert mass[0, 0].tolist() == [[2.0, 0.0], [2.0, 0.0]]
+
+
 def test_samples_of_a_batch_choose_apart() -> None:
     q, k, v = (x.double() for x in tensors(TEXT, batch=2))
     method = KINDS["stride 4"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import math
 from typing import ClassVar
 
 import torch
@@ -131,14 +132,17 @@ def antidiagonal_mass(q: Tensor, k: Tensor, blocking: Blocking, stride: int) -> 
     valid = first < blocking.length[..., None]
     if blocking.text is not None:
         valid = valid & ~blocking.text[:, None]
-    q_fold = q.unflatten(1, (-1, stride)).flip(2).permute(0, 3, 1, 2, 4).flatten(3)
+    # The power of two in the scale is taken off before the product, exactly: sums of many terms overflow float16.
+    scale = width**-0.5 / stride
+    early = 2.0 ** math.floor(math.log2(scale))
+    q_fold = (q * early).unflatten(1, (-1, stride)).flip(2).permute(0, 3, 1, 2, 4).flatten(3)
     k_fold = k.unflatten(1, (-1, stride)).permute(0, 3, 1, 2, 4).flatten(3).transpose(-1, -2)
     chunk = max(1, _ROOM // (batch * heads * folds * columns))
     found = []
     for low in range(0, blocking.blocks, chunk):
         high = min(low + chunk, blocking.blocks)
         logits = (q_fold[:, :, low * folds : high * folds] @ k_fold).to(statistics_dtype(q.dtype))
-        logits = torch.where(valid.flatten(2)[:, :, None], logits * (width**-0.5 / stride), -torch.inf)
+        logits = torch.where(valid.flatten(2)[:, :, None], logits * (scale / early), -torch.inf)
         by_key = logits.softmax(-1).unflatten(-1, (blocking.blocks, folds)).sum(-1)
         by_key = by_key.unflatten(2, (high - low, folds))
         found.append(torch.where(valid[:, :, low:high, :, None], by_key, 0).sum(3))
