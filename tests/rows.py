@@ -86,7 +86,7 @@ _METHODS = {
     ),
     "sparge": MethodRow(
         everything={"mass": 1.0, "block": 16},
-        sparse={"mass": 0.3, "similarity": 0.1, "block": 16},
+        sparse={"mass": 0.3, "similarity": 0.12, "block": 8},
     ),
     "xattention": MethodRow(
         everything={"mass": 1.0, "stride": 4, "block": 16},
