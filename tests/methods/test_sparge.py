@@ -12,6 +12,7 @@ import torch
 from one_site import DIM, HEADS, Driven, attention, law, tensors
 from oracle import assert_identity
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vsparse
 from vsparse.geometry import kept_blocks
@@ -317,3 +318,25 @@ def test_skipping_is_refused_before_a_run_where_no_kernel_skips() -> None:
     rows.forward(model, rows.prompt("wan", inputs))
     assert patch.stats()["density"] == 1.0
     assert patch.stats()["fallbacks"]
+
+
+@pytest.mark.parametrize("form", ["numbers per head", "density"])
+def test_other_forms_compile_and_read_nothing(form: str) -> None:
+    """The contract runs one number for all heads by mass; the other forms meet the compiler and FakeTensor here."""
+    model, inputs = rows.build("wan")
+    heads = vsparse.plan(model, "sparge").sites[0].heads
+    spread = tuple(0.2 + 0.1 * i for i in range(heads))
+    options: dict[str, Any] = {"mass": spread, "similarity": tuple(x - 0.2 for x in spread), "order": "hilbert"}
+    options = options if form != "density" else {"select": "density", "density": 0.3, "sink": True}
+    values = rows.prompt("wan", inputs)
+    with vsparse.apply(model, "sparge", block=8, **options) as patch:
+        wanted = rows.forward(model, values)
+        assert patch.stats()["sparse_density"] < 0.9
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode:
+            fake = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in values.items()}
+            assert rows.forward(model, fake).shape == wanted.shape
+        torch.compiler.reset()
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        assert torch.equal(rows.forward(model, values), wanted)
+        torch.compiler.reset()
