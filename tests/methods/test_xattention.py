@@ -11,6 +11,9 @@ import torch
 from one_site import DIM, HEADS, Driven, attention, law, tensors
 from oracle import assert_identity
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import vsparse
 from vsparse.methods import xattention
@@ -108,6 +111,28 @@ def test_mass_by_hand_in_chunks(grid: vsparse.Grid, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(xattention, "_ROOM", room)
         chunked = antidiagonal_mass(q_packed, k_packed, blocking, method.stride)
         assert float((chunked - whole).abs().max()) <= slack
+
+
+class Largest(TorchDispatchMode):
+    """Most entries of a tensor that is made."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.entries = max([self.entries, *(x.numel() for x in tree_leaves(found) if isinstance(x, Tensor))])
+        return found
+
+
+def test_the_coarse_map_is_never_whole() -> None:
+    """Wan 14B at 720 x 1280, 81 frames: 3.6e9 entries, at most 2**27 at a time; nothing else exceeds q."""
+    blocking = XAttention().layout(vsparse.Grid(t=21, h=45, w=80), driven(XAttention(), VIDEO).site).bind()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q = torch.empty(1, 75648, 40, 128, dtype=torch.bfloat16)
+        with Largest() as largest:
+            mass = antidiagonal_mass(q, q, blocking, 8)
+    assert mass.shape == (1, 40, 591, 591)
+    assert largest.entries == max(q.numel(), 2**27)
 
 
 @GRIDS
