@@ -27,7 +27,7 @@ __all__ = ["Jenga", "JengaAttention"]
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Jenga(Method):
-    """Jenga's attention carving (arXiv 2505.16864, section 3.2): training-free.
+    """Jenga's attention carving (arXiv 2505.16864, section 3): training-free.
 
     Tokens are ordered along a Hilbert curve through the video. Of the softmax of the products of mean queries and mean
     keys a query block keeps the best ``density`` of the blocks, or more until they hold ``mass`` of it, the one that

@@ -25,7 +25,7 @@ _ORDERS: dict[str, type[RasterLayout] | type[CurveLayout]] = {"raster": RasterLa
 
 @dc.dataclass(frozen=True, kw_only=True)
 class SpargeAttn(Method):
-    """SpargeAttn (arXiv 2502.18137, sections 3.2-3.4): training-free, any model.
+    """SpargeAttn (arXiv 2502.18137, section 3): training-free, any model.
 
     Queries and keys are averaged over blocks. A block whose tokens do not resemble each other (mean pairwise cosine
     below ``similarity``) has no mean to speak of: such a key block is kept by every row and leaves the softmax, such a

@@ -51,7 +51,7 @@ def tune(
     similarities: Sequence[float] = SIMILARITIES,
     skips: Sequence[float] = SKIPS,
 ) -> dict[str, Any]:
-    """The numbers with which the heads of one site compute the fewest pairs within a bound (arXiv 2502.18137, 3.6).
+    """The numbers with which the heads of one site compute the fewest pairs within a bound (arXiv 2502.18137).
 
     First every head gets the pair of mass and similarity of least density whose output is off by less than ``error``
     in every sample, measured as ``sum |O - O'| / sum |O|``; of equal densities the one of less error. Then the site
@@ -75,8 +75,9 @@ def tune(
         ValueError: a bound or candidate out of range; samples that do not fit the grid or each other.
 
     Differs from the released tuner: a grid of masses instead of bisection, as the error is not monotone in the mass;
-    the bound holds in every sample, not in each by itself before numbers are averaged; skipping is tuned for the site.
-    Where no kernel skips (on a CPU) the reference does, in memory quadratic in the tokens, a head at a time.
+    the bound holds in every sample at once, where there the numbers of single inputs are combined; skipping is tuned
+    for the site, not for each head. Where no kernel skips (on a CPU) the reference does, in memory quadratic in the
+    tokens, a head at a time.
     """
     _check(method, error, skip_error, masses, similarities, skips)
     site = _check_samples(grid, samples, text_lengths)
