@@ -96,6 +96,22 @@ _METHODS = {
         everything={"mass": 1.0, "tile": (1, 2, 3), "block": 4},
         sparse={"mass": 0.3, "window": (1, 1, 1), "tile": (1, 2, 2), "block": 4},
     ),
+    "sparge": MethodRow(
+        everything={"mass": 1.0, "block": 16},
+        sparse={"mass": 0.3, "similarity": 0.12, "block": 8},
+    ),
+    "xattention": MethodRow(
+        everything={"mass": 1.0, "stride": 4, "block": 16},
+        sparse={"mass": 0.3, "stride": 4, "block": 16},
+    ),
+    "draft": MethodRow(
+        everything={"density": 1.0, "tile": (1, 2, 3), "block": 4},
+        sparse={"density": 0.2, "tile": (1, 2, 2), "block": 4},
+    ),
+    "jenga": MethodRow(
+        everything={"density": 1.0, "block": 16},
+        sparse={"density": 0.1, "mass": 0.1, "block": 4},
+    ),
     "pattern": MethodRow(
         everything={"block": 16},
         sparse={"pattern": (Window(size=(1, 3, 3)), same_frame & Stride(step=2)), "tile": (1, 2, 2), "block": 4},

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vsparse import BlockMap, Grid, PartitionLayout, RasterLayout, TileLayout
+from vsparse import BlockMap, CurveLayout, Grid, PartitionLayout, RasterLayout, TileLayout
 from vsparse.layouts import Blocking, Layout
 
 seeds = st.integers(0, 2**31 - 1)
@@ -31,7 +31,7 @@ def grids(draw: st.DrawFn, most: int = 5, text: int = 9) -> Grid:
 @st.composite
 def layouts(draw: st.DrawFn, grid: Grid) -> Layout:
     """Every kind of layout, tiles over several blocks included."""
-    kind = draw(st.sampled_from(["tile", "blocks", "raster", "frame", "partition"]))
+    kind = draw(st.sampled_from(["tile", "blocks", "raster", "frame", "partition", "curve"]))
     size = tuple(draw(st.integers(1, 4)) for _ in range(3))
     block = draw(st.integers(1, 9))
     if kind == "tile":
@@ -40,6 +40,8 @@ def layouts(draw: st.DrawFn, grid: Grid) -> Layout:
         return TileLayout(grid, tile=size, block=block)
     if kind == "partition":
         return PartitionLayout(grid, chunk=size)
+    if kind == "curve":
+        return CurveLayout(grid, block=block)
     return RasterLayout(grid, block=block, break_at="frame" if kind == "frame" else None)
 
 

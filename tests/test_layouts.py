@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsparse import Grid, PartitionLayout, RasterLayout, TileLayout
+from vsparse import CurveLayout, Grid, PartitionLayout, RasterLayout, TileLayout
 from vsparse.geometry import Segment, kept_blocks
 from vsparse.layouts import Layout
+from vsparse.layouts.curve import hilbert
 
 
 @st.composite
@@ -113,6 +115,54 @@ def test_raster_without_padding_is_the_host_order() -> None:
     assert layout.bind().pack(x) is x
 
 
+sizes = st.tuples(*[st.integers(1, 9)] * 3)
+
+
+def steps(cells: list[tuple[int, int, int]]) -> torch.Tensor:
+    """``[n - 1, 3]``: how far the curve goes along each axis from one cell to the next."""
+    return torch.tensor(cells).reshape(-1, 3).diff(dim=0).abs()
+
+
+@given(size=sizes)
+def test_the_curve_visits_every_cell_once_and_never_jumps(size: tuple[int, int, int]) -> None:
+    """A step goes to a neighbour or, where odd sizes want it, to the next cell across one diagonal of a square."""
+    cells = hilbert(*size)
+    assert sorted(cells) == list(itertools.product(*map(range, size)))
+    gone = steps(cells)
+    assert bool((gone <= 1).all())
+    assert bool((gone.sum(1) <= 2).all())
+
+
+@given(size=sizes)
+def test_the_curve_of_even_sizes_goes_from_neighbour_to_neighbour(size: tuple[int, int, int]) -> None:
+    gone = steps(hilbert(*(2 * n for n in size)))
+    assert bool((gone.sum(1) == 1).all())
+
+
+@pytest.mark.parametrize("size", [(21, 30, 52), (21, 45, 80), (33, 45, 80), (13, 30, 45)])
+def test_diagonals_of_published_grids_are_rare(size: tuple[int, int, int]) -> None:
+    gone = steps(hilbert(*size))
+    assert bool((gone.sum(1) <= 2).all())
+    assert float((gone.sum(1) == 2).double().mean()) < 0.011
+
+
+def test_blocks_along_the_curve_are_compact() -> None:
+    """128 tokens span about 5 positions along each axis; in raster order, a row and a half of one frame."""
+    layout = CurveLayout(Grid(t=20, h=40, w=80))
+    token = layout.slot_token[0, 0].view(-1, 128)
+    place = torch.stack((token // 3200, token // 80 % 40, token % 80))
+    extent = (place.amax(2) - place.amin(2) + 1).double()
+    assert float(extent.prod(0).mean()) < 3 * 128
+    assert float(extent.amax(0).mean()) < 10
+
+
+def test_segments_have_curves_of_their_own() -> None:
+    grid = Grid(t=5, h=4, w=6, text_before=3, condition_frames=2)
+    layout = CurveLayout(grid, block=10)
+    assert layout.length[0, 0].tolist() == [3, 10, 10, 10, 10, 8, 10, 10, 10, 10, 10, 10, 10, 2]
+    assert layout.slot_token[0, 0][layout.slot_token[0, 0] >= 0][3:51].max() < 3 + 48
+
+
 def test_equal_layouts_have_equal_keys() -> None:
     grid = Grid(t=3, h=4, w=5)
     assert TileLayout(grid).key == TileLayout(grid, tile=(4, 4, 4), block=64).key
@@ -122,7 +172,7 @@ def test_equal_layouts_have_equal_keys() -> None:
         RasterLayout(grid).key,
         RasterLayout(grid, break_at="frame").key,
     ]
-    assert len({*keys, PartitionLayout(grid, chunk=(1, 2, 2)).key}) == 5
+    assert len({*keys, PartitionLayout(grid, chunk=(1, 2, 2)).key, CurveLayout(grid, block=64).key}) == 6
 
 
 def test_layout_made_under_inference_mode_trains() -> None:
@@ -144,6 +194,7 @@ def test_layout_made_under_inference_mode_trains() -> None:
         (lambda: TileLayout(Grid(t=1, h=1, w=1), tile=(4, 4)), "tile"),
         (lambda: TileLayout(Grid(t=1, h=1, w=1), tile=(4, 0, 4)), r"tile\[1\]"),
         (lambda: RasterLayout(Grid(t=1, h=1, w=1), block=0), "block"),
+        (lambda: CurveLayout(Grid(t=1, h=1, w=1), block=0), "block"),
         (lambda: RasterLayout(Grid(t=1, h=1, w=1), break_at="row"), "break_at"),
         (lambda: RasterLayout(Grid(t=1, h=1, w=1)).bind(torch.tensor([1])), "text_length"),
         (lambda: RasterLayout(Grid(t=1, h=1, w=1, text_after=2)).bind(torch.tensor([1.0])), "text_length"),

@@ -23,6 +23,7 @@ _HOMES = {
     "RasterLayout": "vsparse.layouts",
     "PartitionLayout": "vsparse.layouts",
     "ClusterLayout": "vsparse.layouts",
+    "CurveLayout": "vsparse.layouts",
     "Blocking": "vsparse.layouts",
     "BlockMap": "vsparse.blocks",
     "block_linear_attention": "vsparse.ops",

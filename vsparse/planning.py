@@ -140,7 +140,7 @@ def make_plan(host: HostAdapter, roots: list[Root], method: Method, schedule: Sc
             if name is None and not why and device is not None and dtype is not None:
                 grid = Grid(t=2, h=8, w=8)
                 layout = method.layout(grid, claim.site)
-                why += kernel_reasons(layout, claim.site.heads, claim.site.head_dim, dtype, device)
+                why += kernel_reasons(method, layout, claim.site, dtype, device)
             if why:
                 skipped[f"{root.name}.{claim.site.name}"] = tuple(why)
                 continue
@@ -165,7 +165,7 @@ def _kernel(host: HostAdapter, method: Method, claim: Claim) -> tuple[str | None
     if method.default_schedule.dense_steps >= 1.0:
         return "host", device, dtype
     layout = method.layout(Grid(t=2, h=8, w=8), claim.site)
-    if kernel_reasons(layout, claim.site.heads, claim.site.head_dim, dtype, device):
+    if kernel_reasons(method, layout, claim.site, dtype, device):
         return None, device, dtype
     return backend.implementations("block_sparse_attention", device.type)[0].name, device, dtype
 

@@ -19,7 +19,7 @@ from vsparse import backend
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid
 from vsparse.layouts import Blocking, Layout
-from vsparse.methods.base import Call, Method, SparseAttention, static_maps
+from vsparse.methods.base import Call, Method, Site, SparseAttention, static_maps
 from vsparse.schedule import Phase, Schedule
 from vsparse.state import Version
 
@@ -324,7 +324,7 @@ class Runtime:
             key = (layout.key, reading.device, dtype)
             if key not in self._reasons:
                 assert dtype is not None
-                self._reasons[key] = kernel_reasons(layout, site.heads, site.head_dim, dtype, reading.device)
+                self._reasons[key] = kernel_reasons(self.method, layout, site, dtype, reading.device)
             found += self._reasons[key]
         return found
 
@@ -437,10 +437,10 @@ def _on_backward(output: Any, record: _Record) -> None:
             value.register_hook(restore)
 
 
-def kernel_reasons(layout: Layout, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> list[str]:
-    """Why the attention op cannot run a layout on a device; asks the implementations about tensors without data."""
+def kernel_reasons(method: Method, layout: Layout, site: Site, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Why the attention op cannot run a method on a device; asks the implementations about tensors without data."""
     meta = layout.to("meta") if layout.length.device.type != "meta" else layout
     blocking = Blocking(length=meta.length, block=meta.block, start=meta.start)
-    q = torch.empty(1, layout.slots, heads, head_dim, dtype=dtype, device="meta")
-    options = {"scale": head_dim**-0.5, "skip_threshold": None}
+    q = torch.empty(1, layout.slots, site.heads, site.head_dim, dtype=dtype, device="meta")
+    options = {"scale": site.head_dim**-0.5, "skip_threshold": None, **method.kernel_options()}
     return backend.reasons("block_sparse_attention", device.type, q, q, q, BlockMap.full(blocking), **options)

@@ -2,6 +2,16 @@
 
 from vsparse.layouts.base import Blocking, Layout
 from vsparse.layouts.clusters import ClusterLayout, arrange
+from vsparse.layouts.curve import CurveLayout
 from vsparse.layouts.kinds import PartitionLayout, RasterLayout, TileLayout
 
-__all__ = ["Blocking", "ClusterLayout", "Layout", "PartitionLayout", "RasterLayout", "TileLayout", "arrange"]
+__all__ = [
+    "Blocking",
+    "ClusterLayout",
+    "CurveLayout",
+    "Layout",
+    "PartitionLayout",
+    "RasterLayout",
+    "TileLayout",
+    "arrange",
+]

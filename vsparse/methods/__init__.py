@@ -21,6 +21,10 @@ _OURS = {
     "attention_tile": ("vsparse.methods.attention_tile", "AttentionTile"),
     "sla": ("vsparse.methods.sla", "SLA"),
     "nabla": ("vsparse.methods.nabla", "NABLA"),
+    "sparge": ("vsparse.methods.sparge", "SpargeAttn"),
+    "xattention": ("vsparse.methods.xattention", "XAttention"),
+    "draft": ("vsparse.methods.draft", "DraftAttention"),
+    "jenga": ("vsparse.methods.jenga", "Jenga"),
     "pattern": ("vsparse.methods.pattern", "StaticPattern"),
 }
 

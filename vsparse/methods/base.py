@@ -177,6 +177,10 @@ class Method(abc.ABC):
         """Density that goes into `Call.density` when no ramp overrides it."""
         return float(getattr(self, "density", 1.0))
 
+    def kernel_options(self) -> Mapping[str, Any]:
+        """Options that `core` hands to ``block_sparse_attention``: who does not take them is refused before a run."""
+        return {}
+
     def static_pattern(self, site: Site) -> Pattern | tuple[Pattern, ...] | None:
         """What of the map follows from the layout alone, one pattern or one per head; None: nothing.
 

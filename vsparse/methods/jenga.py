@@ -1,0 +1,178 @@
+"""Jenga: blocks along a space-filling curve, the best of them by count or by mass, and the blocks that touch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses as dc
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from vsparse import ops, select
+from vsparse.blocks import BlockMap
+from vsparse.geometry import Grid, kept_blocks
+from vsparse.layouts import Blocking, CurveLayout, Layout
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density
+from vsparse.patterns import Offset, Pattern
+from vsparse.schedule import Phase, Schedule
+
+__all__ = ["Jenga", "JengaAttention"]
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Jenga(Method):
+    """Jenga's attention carving (arXiv 2505.16864, section 3): training-free.
+
+    Tokens are ordered along a Hilbert curve through the video. Of the softmax of the products of mean queries and mean
+    keys a query block keeps the best ``density`` of the blocks, or more until they hold ``mass`` of it, the one that
+    crosses it included. The blocks with a position next to one of its own (diagonals included) are kept as well.
+
+    Args:
+        density: Least share of the video blocks that a row chooses, 1 less the published drop rate. Default 0.25, the
+            first stage of the base setting for HunyuanVideo; its second stage has 0.15, the fast setting 0.3 and 0.2.
+        mass: Least share of the softmax, 0.3 for HunyuanVideo; 0.9 for Wan 2.1 1.3B, 0.8 for 14B.
+        text_bias: Added to the logits (natural log) of text keys. Default 0. Stages of lower resolution have
+            ``scale * ln(full area / area) / 2``.
+        block: Slots of a block.
+
+    Schedule: the first tenth of the steps is dense; there the published drop rate rises from 0 to its value.
+
+    Differs from the released code: attention only, neither stages of lower resolution nor skipped steps, which make a
+    large part of the published speed; ``density`` rounds up; any grid and batch, text on either side; ``text_bias``
+    holds for the rows of text, too; Wan has the same curve as HunyuanVideo, through all frames, and its first frame
+    no rule of its own.
+    """
+
+    key: ClassVar[str] = "jenga"
+    paper: ClassVar[Paper] = Paper(title="Jenga: attention carving", arxiv="2505.16864", trained=False)
+    default_schedule: ClassVar[Schedule] = Schedule(dense_steps=0.1)
+
+    density: float = 0.25
+    mass: float = 0.3
+    text_bias: float = 0.0
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        check_density("jenga: density", self.density)
+        check_density("jenga: mass", self.mass)
+        bias = self.text_bias
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not math.isfinite(bias):
+            raise ValueError(f"jenga: text_bias must be a finite number, got {bias!r}")
+        CurveLayout(Grid(t=1, h=1, w=1), block=self.block)
+
+    def layout(self, grid: Grid, site: Site) -> Layout:
+        """Blocks of consecutive tokens of the curve."""
+        return CurveLayout(grid, block=self.block)
+
+    def static_pattern(self, site: Site) -> Pattern:
+        """Positions at most one apart along every axis."""
+        return Offset(low=(-1, -1, -1), high=(1, 1, 1))
+
+    def static_map(self, layout: Layout, site: Site) -> BlockMap:
+        """The block form of `static_pattern`, from the faces of the lattice: the pieces of a curve have no box."""
+        device = layout.length.device
+        with _plain():
+            keep, capacity = _touching(layout.grid, layout.block)
+            return BlockMap.from_mask(keep.to(device), layout.bind(), capacity=capacity)
+
+    def predicted_density(self, layout: Layout, site: Site) -> float:
+        """An upper bound, as the map depends on the data: the larger share of the blocks, and what touches."""
+        chosen = kept_blocks(max(self.density, self.mass), layout.video_tiles) / layout.video_tiles
+        touching = float(self.static_map(layout, site).density())
+        return min(1.0, touching + chosen * (1.0 - touching))
+
+    def search_flops(self, layout: Layout, site: Site, batch: int, phase: Phase) -> float:
+        """Pooling and the pooled scores."""
+        return batch * site.heads * site.head_dim * (2.0 * layout.tokens + 2.0 * layout.video_tiles**2)
+
+    def build(self, site: Site) -> SparseAttention:
+        """The module; it has no parameters."""
+        return JengaAttention(self, site)
+
+
+class JengaAttention(SparseAttention):
+    """Jenga at one site."""
+
+    method: Jenga
+
+    def core(
+        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Pooled softmax, the larger of two budgets, what touches, exact attention in what is kept."""
+        blocking = call.blocking
+        assert call.static is not None
+        q, k, v = blocking.pack(q), blocking.pack(k), blocking.pack(v)
+        blocks = self._choose(q.detach(), k.detach(), blocking, call)
+        self.tally(blocks, q.shape[0])
+        out, _ = ops.block_sparse_attention(q, k, v, blocks)
+        return blocking.unpack(out), ()
+
+    def _choose(self, q: Tensor, k: Tensor, blocking: Blocking, call: Call) -> BlockMap:
+        method, static = self.method, call.static
+        assert static is not None
+        pooled = torch.einsum("bqhd,bkhd->bhqk", _mean(q, blocking), _mean(k, blocking)) * q.shape[-1] ** -0.5
+        text = blocking.text
+        pooled = pooled if text is None else torch.where(text, -torch.inf, pooled)
+        video = call.layout.video_tiles
+        most = kept_blocks(self.peak_density, video)
+        # Counted before the softmax, where far blocks may underflow to the 0 of text.
+        best = select.top_k(pooled, blocking, count=select.budget(call.density, video), capacity=most)
+        chosen = select.top_p(
+            pooled.softmax(-1),
+            blocking,
+            mass=method.mass,
+            include_crossing=True,
+            forced=best.to_mask() | static.to_mask(),
+            forced_budget="join",
+            # Both are the best of one ranking; n of K blocks hold at least n / K of the mass, one more covers rounding.
+            capacity=max(most, kept_blocks(method.mass, video) + 1) + static.capacity,
+        )
+        if method.text_bias == 0.0:
+            return chosen
+        if text is None:
+            raise ValueError(f"jenga: text_bias={method.text_bias} for {self.site.name}, whose sequence holds no text")
+        bias = torch.where(text, method.text_bias, 0.0).float()
+        return dc.replace(chosen, key_bias=bias[None, None])
+
+
+def _mean(x: Tensor, blocking: Blocking) -> Tensor:
+    pooled = ops.block_pool(x, blocking)
+    assert isinstance(pooled, Tensor)
+    return pooled
+
+
+@contextlib.contextmanager
+def _plain() -> Iterator[None]:
+    """Real tensors, whatever mode the caller is in: they outlive it."""
+    with torch.inference_mode(False), _disable_current_modes(), torch.device("cpu"):
+        yield
+
+
+@functools.lru_cache(maxsize=64)
+def _touching(grid: Grid, block: int) -> tuple[Tensor, int]:
+    """Pairs of blocks with positions at most one apart along every axis, or text, and the longest row but full ones.
+
+    Returns:
+        ``[1, 1, K, K]`` bool on the CPU, and a number.
+    """
+    layout = CurveLayout(grid, block=block)
+    first = grid.text_before
+    owner = layout.token_block[0, 0, first : first + grid.video].view(grid.t, grid.h, grid.w)
+    keep = torch.zeros(layout.blocks, layout.blocks, dtype=torch.bool)
+    for step in itertools.product((-1, 0, 1), repeat=3):
+        here, there = owner, owner
+        for axis, (shift, size) in enumerate(zip(step, owner.shape, strict=True)):
+            here = here.narrow(axis, max(0, -shift), size - abs(shift))
+            there = there.narrow(axis, max(0, shift), size - abs(shift))
+        keep[here.flatten(), there.flatten()] = True
+    text = layout.bind().text
+    if text is not None:
+        keep = keep | text | text[:, None]
+    count = keep.sum(-1)
+    return keep[None, None], int(torch.where(count < len(keep), count, 0).max())
