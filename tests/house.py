@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("reference",),
     ("backend",),
     ("ops",),
-    ("select", "schedule", "state"),
+    ("select", "schedule", "state", "steps"),
     ("methods",),
     ("profile", "adapter", "cost", "runtime"),
     ("host",),

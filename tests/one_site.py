@@ -37,6 +37,7 @@ class Driven:
         self.module: SparseAttention = method.build(self.site)
         self.module.peak_density = method.call_density()
         self.maps: list[BlockMap] = []
+        self.loss: Tensor | None = None
         self.call = self.at(method.call_density(), text_length)
         stock = self.module.tally
 
@@ -64,9 +65,11 @@ class Driven:
         """One call in a phase, committed afterwards as a root does."""
         module = self.module
         module.phase, module.call, module.hidden = phase, self.call, hidden  # type: ignore[assignment]
-        module.state.bind(module.state.version("default"))
+        module.state.bind(module.version("default"))
         out = module(q, k, v)
         module.state.staged.pop("pairs", None)
+        self.loss = module.state.staged.pop("loss", None)
+        module.absorb(module.state.staged)
         if phase in self.method.state_phases:
             module.state.commit("default", None)
         return out

@@ -74,6 +74,10 @@ _METHODS = {
         everything={"frames": 2, "patch": (4, 5), "cube": (2, 4, 5), "top_k": (99, 99, 99)},
         sparse={"frames": 1, "patch": (3, 4), "cube": (1, 3, 4), "top_k": (1, 1, 2)},
     ),
+    "dsv": MethodRow(
+        everything={"density": 1.0, "tile": (2, 4, 4), "block": 16, "rank": 4},
+        sparse={"density": 0.3, "adaptive": False, "stage": "sparse", "tile": (2, 2, 4), "block": 8, "rank": 4},
+    ),
     "sta": MethodRow(
         everything={"window": (None, 99, 99), "tile": (2, 3, 4), "block": 8},
         sparse={"window": ((1, 1, 3), (1, 3, 1)), "tile": (1, 2, 2), "block": 4},

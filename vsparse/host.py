@@ -12,7 +12,8 @@ from torch import nn
 
 from vsparse.geometry import Grid
 from vsparse.methods import Site, SparseAttention
-from vsparse.runtime import Reading, Runtime, StepSource
+from vsparse.runtime import Reading, Runtime
+from vsparse.steps import StepSource
 
 __all__ = ["Claim", "HostAdapter", "Root", "find_roots", "hosts"]
 

@@ -16,8 +16,9 @@ from vsparse import adapter
 from vsparse.host import Claim, HostAdapter, Root, find_roots, hosts
 from vsparse.methods import Method, SparseAttention
 from vsparse.planning import Plan, make_plan, resolve_method, resolve_schedule
-from vsparse.runtime import Runtime, Tracker
+from vsparse.runtime import Runtime
 from vsparse.schedule import Schedule
+from vsparse.steps import Tracker
 
 __all__ = ["Patch", "apply", "load", "patch_of"]
 
@@ -87,13 +88,23 @@ class Patch:
                 for name, parameter in site.own_parameters():
                     yield f"{runtime.name}.{site.site.name}.{name}", parameter
 
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What `save` writes: the parameters, and what else a trained method needs back."""
+        for runtime in self._runtimes:
+            for site in runtime.sites:
+                for name, tensor in site.own_tensors():
+                    yield f"{runtime.name}.{site.site.name}.{name}", tensor
+
     def parameters(self) -> list[nn.Parameter]:
         """Parameters that the method added: what to hand to the optimiser beside the host's."""
         return [parameter for _, parameter in self.named_parameters()]
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
-        """Losses that a method asks to add to the training loss; none of the present methods has any."""
-        return {}
+        """Losses that a method asks to add to the training loss, by root and site, of the last forward of each model.
+
+        They reach what the method has added, not the host. Only ``dsv`` has any, and only in training mode.
+        """
+        return {f"{run.name}.{name}": loss for run in self._runtimes for name, loss in run.losses.items()}
 
     def generation(self, num_steps: int) -> contextlib.AbstractContextManager[None]:
         """One run of a custom denoising loop; state is dropped when it ends."""
@@ -125,7 +136,7 @@ class Patch:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the trained parts and the configuration; ``vsparse.load(target, directory)`` brings them back."""
         hosts = sorted({site.host for site in self.plan.sites})
-        adapter.save(directory, self.plan.method, self.plan.schedule, hosts, dict(self.named_parameters()))
+        adapter.save(directory, self.plan.method, self.plan.schedule, hosts, dict(self.named_tensors()))
 
     def remove(self) -> None:
         """Give the target back: the host's own objects, keys, hooks and outputs. A second call does nothing."""
@@ -304,7 +315,7 @@ def load(target: object, directory: str | os.PathLike[str], /, *, strict: bool =
     if patch is None:
         patch = apply(target, stored.method, schedule=stored.schedule, strict=strict)
     try:
-        adapter.assign(stored, dict(patch.named_parameters()), patch.plan.method, [root.name for root in roots])
+        adapter.assign(stored, dict(patch.named_tensors()), patch.plan.method, [root.name for root in roots])
     except BaseException:
         if fresh:
             patch.remove()

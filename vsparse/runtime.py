@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses as dc
 import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,9 @@ from vsparse.layouts import Blocking, Layout
 from vsparse.methods.base import Call, Method, Site, SparseAttention, static_maps
 from vsparse.schedule import Phase, Schedule
 from vsparse.state import Version
+from vsparse.steps import Tracker, Where
 
-__all__ = ["Reading", "Runtime", "StepSource", "Tracker", "Where"]
+__all__ = ["Reading", "Runtime", "kernel_reasons"]
 
 _LAYOUTS = 8  # grids whose layouts a root keeps
 
@@ -44,81 +44,6 @@ class Reading:
     device: torch.device
     text_length: Tensor | None = None
     text_source: tuple[Tensor, ...] = ()
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class Where:
-    """Where a forward stands in a generation.
-
-    Args:
-        step: 0-based denoising step, or None. steps: how many, or None. branch: name of the CFG branch, or None.
-        generation: Any object that changes with the run of the denoising loop, or None when nothing tells.
-        advancing: False when the step source never moved (a scheduler nobody steps).
-    """
-
-    step: int | None = None
-    steps: int | None = None
-    branch: str | None = None
-    generation: object = None
-    advancing: bool = True
-
-
-class StepSource(Protocol):
-    """Tells where a forward stands, from what the host knows; made by the host adapter."""
-
-    def where(self, root: str) -> Where:
-        """Where the next forward of a root stands."""
-        ...
-
-
-class Tracker:
-    """Steps, branches and generations of one patch, shared by its roots."""
-
-    def __init__(self, source: StepSource | None) -> None:
-        self.source = source
-        self.training_step: int | None = None
-        self._explicit: Where | None = None
-        self._steps: int | None = None
-        self._generation = 0
-
-    @contextlib.contextmanager
-    def generation(self, num_steps: int) -> Iterator[None]:
-        """One run of a custom denoising loop of ``num_steps`` steps."""
-        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-            raise ValueError(f"generation: num_steps must be an integer >= 1, got {num_steps!r}")
-        if self._steps is not None:
-            raise RuntimeError("generation: a generation is already open; close it first")
-        self._steps, self._generation = num_steps, self._generation + 1
-        try:
-            yield
-        finally:
-            self._steps = None
-
-    @contextlib.contextmanager
-    def step(self, i: int, *, branch: str = "cond") -> Iterator[None]:
-        """One step of a custom loop; inside it, each model call belongs to ``branch``."""
-        if self._steps is None:
-            raise RuntimeError("step: open `with patch.generation(num_steps)` around the loop first")
-        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < self._steps:
-            raise ValueError(f"step: i must be an integer in [0, num_steps={self._steps}), got {i!r}")
-        before, self._explicit = (
-            self._explicit,
-            Where(step=i, steps=self._steps, branch=branch, generation=("explicit", self._generation)),
-        )
-        try:
-            yield
-        finally:
-            self._explicit = before
-
-    def where(self, root: str) -> Where:
-        """Where the next forward of a root stands: what the user said, else what the host knows."""
-        if self._explicit is not None:
-            return self._explicit
-        return self.source.where(root) if self.source is not None else Where()
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Tracker:
-        """A copied model is driven by someone else."""
-        return Tracker(None)
 
 
 @dc.dataclass(eq=False)
@@ -160,6 +85,7 @@ class Runtime:
         self.fallbacks: Counter[str] = Counter()
         self.phases: Counter[str] = Counter()
         self.pairs: dict[str, Tensor] = {}
+        self.losses: dict[str, Tensor] = {}
         self.dense_pairs: Tensor | float = 0.0
         self._layouts: dict[tuple[Grid, int, torch.device], Layout] = {}
         self._maps: dict[tuple[object, torch.device, int], BlockMap | None] = {}
@@ -238,7 +164,7 @@ class Runtime:
                     trim=trim,
                 )
             phase: Phase = "dense" if against else self._phase(site, where, branch)
-            bound.append((site, phase, call, site.state.version(branch)))
+            bound.append((site, phase, call, site.version(branch)))
             site.ran = False
         record = _Record(bound)
         record.restore()
@@ -366,14 +292,19 @@ class Runtime:
         for name, (heads, why) in self.skipped.items():
             self.fallbacks[f"{name}: {why}"] += 1
             self.dense_pairs = self.dense_pairs + dense * heads
+        self.losses = {}
         for site, phase, _, _ in record.bound:
             if not site.ran:
                 continue
             self.phases[phase] += 1
-            staged = site.state.staged.pop("pairs", None)
-            if staged is not None:
+            staged = site.state.staged
+            pairs, loss = staged.pop("pairs", None), staged.pop("loss", None)
+            site.absorb(staged)
+            if loss is not None:
+                self.losses[site.site.name] = loss
+            if pairs is not None:
                 total = self.pairs.get(site.site.name)
-                self.pairs[site.site.name] = staged if total is None else total + staged
+                self.pairs[site.site.name] = pairs if total is None else total + pairs
             else:
                 self.dense_pairs = self.dense_pairs + dense * site.site.heads
             if phase in self.method.state_phases:

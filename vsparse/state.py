@@ -37,6 +37,10 @@ class RunState:
         """Offer a tensor for the next version; the caller gives it away."""
         self.staged[name] = value.detach()
 
+    def hand_out(self, name: str, value: Tensor) -> None:
+        """Leave a tensor with its graph for the root to take after the call: a loss. It is no part of a version."""
+        self.staged[name] = value
+
     def bind(self, version: Version) -> None:
         """Make a version the one that is read, and drop what is staged."""
         self.bound = dict(version)

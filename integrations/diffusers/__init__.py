@@ -15,7 +15,8 @@ from vsparse.geometry import Grid
 from vsparse.host import Claim, Root
 from vsparse.methods import Site, SparseAttention
 from vsparse.optional import require
-from vsparse.runtime import Reading, Runtime, StepSource
+from vsparse.runtime import Reading, Runtime
+from vsparse.steps import StepSource
 
 from . import processors
 from .hosts import HOSTS, Host, host_of

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vsparse.runtime import Runtime, Where
+from vsparse.runtime import Runtime
+from vsparse.steps import Where
 
 __all__ = ["DiffusersSteps", "Listener", "detach"]
 

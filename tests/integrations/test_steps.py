@@ -57,7 +57,7 @@ def test_two_unnamed_branches_in_one_step_are_refused() -> None:
 
 class _Unnamed:
     def where(self, root: str) -> Any:
-        from vsparse.runtime import Where
+        from vsparse.steps import Where
 
         return Where(step=0, steps=SHORT, generation=1)
 

@@ -17,8 +17,12 @@ SAME_TOKENS = {(2, 6, 7): (2, 7, 6)}
 
 
 def gradients(model: nn.Module, patch: vsparse.Patch, calls: Calls, *, checkpointing: bool) -> dict[str, torch.Tensor]:
-    """Gradients of one backward after several forwards, each in its denoising step; state starts empty."""
+    """Gradients of one backward after several forwards, each in its denoising step; state starts empty.
+
+    Losses that the method asks for are part of it, and what it has learnt on the way is forgotten again.
+    """
     patch.reset()
+    before = {name: x.clone() for name, x in patch.named_tensors()}
     model.train()
     (model.enable_gradient_checkpointing if checkpointing else model.disable_gradient_checkpointing)()
     with patch.generation(rows.STEPS):
@@ -26,7 +30,11 @@ def gradients(model: nn.Module, patch: vsparse.Patch, calls: Calls, *, checkpoin
         for step, values in calls:
             with patch.step(step):
                 losses.append(model(**values)[0].square().mean())
-        torch.stack(losses).sum().backward()
+                losses += patch.auxiliary_losses().values()
+        torch.stack([loss.double() for loss in losses]).sum().backward()
+    with torch.no_grad():
+        for name, x in patch.named_tensors():
+            x.copy_(before[name])
     return rows.gradients(model)
 
 

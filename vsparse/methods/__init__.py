@@ -14,6 +14,7 @@ _OURS = {
     "vsa": ("vsparse.methods.vsa", "VSA"),
     "adaspa": ("vsparse.methods.adaspa", "AdaSpa"),
     "vmoba": ("vsparse.methods.vmoba", "VMoBA"),
+    "dsv": ("vsparse.methods.dsv", "DSV"),
     "sta": ("vsparse.methods.sta", "STA"),
     "radial": ("vsparse.methods.radial", "Radial"),
     "svg": ("vsparse.methods.svg", "SVG"),

@@ -15,7 +15,7 @@ from vsparse.geometry import Grid
 from vsparse.layouts import Blocking, Layout
 from vsparse.patterns import Pattern, block_map
 from vsparse.schedule import Phase, Schedule
-from vsparse.state import RunState
+from vsparse.state import RunState, Version
 
 __all__ = ["Call", "Method", "Paper", "Site", "SparseAttention", "check_density", "static_maps", "zero_linear"]
 
@@ -127,6 +127,17 @@ class SparseAttention(nn.Module):
             plain = name.replace(".base_layer.", ".")
             if plain in self.added:
                 yield plain, parameter
+
+    def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What ``Patch.save`` writes, floating: the parameters, and whatever else a trained method needs back."""
+        yield from self.own_parameters()
+
+    def version(self, branch: str) -> Version:
+        """What a call of a branch reads, and what its recomputation under checkpointing reads again."""
+        return self.state.version(branch)
+
+    def absorb(self, staged: dict[str, Tensor]) -> None:
+        """Take from what a call has staged whatever outlives a generation; the rest is the branch's next version."""
 
     def tally(self, blocks: BlockMap, batch: int, *more: BlockMap) -> None:
         """Report the executed map of this call, or several disjoint ones whose parts are merged.
