@@ -51,7 +51,7 @@ class Tokens:
     label: Tensor | None
 
     def take(self, x: Tensor, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
-        """Rows of ``x [B * S * H, ...]`` as ``[n, L, ...]`` in ``dtype``; ``room [n * L or more, ...]`` to put them in."""
+        """Rows of ``x [B * S * H, ...]`` as ``[n, L, ...]`` in ``dtype``; ``room [n * L or more, ...]``: where."""
         row = self.row.flatten()
         if room is None:
             taken = x.index_select(0, row).to(dtype)
