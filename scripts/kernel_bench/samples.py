@@ -16,7 +16,7 @@ from .plan import BLOCKS, GATHERED
 WIDTHS = (128, 64, 80, 96, 32, 256)
 DTYPES = ("bfloat16", "float16", "float32")
 VARIANTS = ("bias", "starts", "full")
-OPS = ("mass", "pool", "merge", "select")
+OPS = ("mass", "pool", "merge", "select", "reorder")
 
 
 @dc.dataclass(frozen=True)

@@ -153,6 +153,13 @@ def _merge(case: Case) -> None:
     launch.merge_attention_backward(outs[0], lses[0], outs, lses)
 
 
+def _reorder(case: Case) -> None:
+    from vsparse.kernels.reorder import launch
+
+    x = _tensor(case, BLOCKS * case.bk)
+    launch.reorder(x, torch.zeros(1, 1, x.shape[1] + 1, dtype=torch.int64))
+
+
 @dc.dataclass(frozen=True)
 class Kernel:
     """A kernel beside the three of block-sparse attention.
@@ -192,6 +199,7 @@ KERNELS = {
     "spread": Kernel(_block_pool),
     "merge": Kernel(_merge),
     "grad_parts": Kernel(_merge),
+    "move": Kernel(_reorder),
 }
 # What block-sparse attention compiles apart: blockings with starts, a bias per key block, tiles that may be skipped.
 FLAGS = {"attend": ("starts", "bias", "skip"), "grad_queries": ("starts", "bias"), "grad_keys": ("starts", "bias")}
