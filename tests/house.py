@@ -19,11 +19,11 @@ RUNTIME = ("diffusers", "cli", "lora")  # the extras that library code may impor
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("optional",),
     ("geometry",),
+    ("backend",),
     ("layouts",),
     ("blocks",),
     ("patterns",),
     ("reference",),
-    ("backend",),
     ("ops",),
     ("select", "schedule", "state", "steps"),
     ("methods",),

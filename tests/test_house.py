@@ -56,6 +56,7 @@ def test_library_keeps(rule: Rule) -> None:
     [
         (floors, "vsparse/layouts.py", "from vsparse.blocks import BlockMap"),
         (floors, "vsparse/layouts.py", "from vsparse import blocks"),
+        (floors, "vsparse/backend.py", "from vsparse.layouts import Blocking"),
         (floors, "vsparse/patterns.py", "import vsparse.select"),
         (floors, "vsparse/geometry.py", "def f():\n    from vsparse import apply"),
         (floors, "vsparse/geometry.py", "from .ops import merge_attention"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
 import itertools
 import math
 
@@ -33,6 +34,36 @@ def test_unpack_undoes_pack(case: tuple[Layout, torch.Tensor | None], seed: int)
     kept = valid_tokens(layout.grid, lengths)
     assert torch.equal(blocking.unpack(packed), torch.where(kept[..., None, None], x, 0))
     assert int((packed != 0).all(-1).all(-1).sum()) == int(kept.sum()), "padding and invalid text must be zero"
+
+
+@given(case=bound(), seed=strategies.seeds)
+def test_each_head_may_have_its_order(case: tuple[Layout, torch.Tensor | None], seed: int) -> None:
+    """Tokens of the same segment and block may stand in another order in the second head, text keeps its own."""
+    layout, lengths = case
+    generator = torch.Generator().manual_seed(seed)
+    slot_token, token_slot = layout.slot_token[0, 0].clone(), layout.token_slot[0, 0].clone()
+    for block, segment in enumerate(layout.segment.tolist()):
+        slots = token_slot[layout.token_block[0, 0] == block]
+        if segment != int(Segment.TEXT):
+            slot_token[slots] = slot_token[slots[torch.randperm(len(slots), generator=generator)]]
+    token_slot[slot_token[slot_token >= 0]] = (slot_token >= 0).nonzero().squeeze(1)
+    values = {f.name: getattr(layout, f.name) for f in dc.fields(Layout) if f.init}
+    values["slot_token"] = torch.stack([layout.slot_token[0, 0], slot_token])[None]
+    values["token_slot"] = torch.stack([layout.token_slot[0, 0], token_slot])[None]
+    if layout.start is not None:
+        values["start"] = layout.start.expand(1, 2, -1).contiguous()
+    by_head, plain = Layout(**values).bind(lengths), layout.bind(lengths)
+    x = torch.randn(2, layout.tokens, 2, 3, generator=generator, requires_grad=True)
+    packed = by_head.pack(x)
+    kept = valid_tokens(layout.grid, lengths)
+    moved = torch.where(kept[..., None, None], x, 0)[:, slot_token.clamp_min(0)] * (slot_token >= 0)[:, None, None]
+    assert torch.equal(packed[:, :, 0], plain.pack(x)[:, :, 0])
+    assert torch.equal(packed[:, :, 1], moved[:, :, 1])
+    back = by_head.unpack(packed)
+    assert torch.equal(back, torch.where(kept[..., None, None], x, 0))
+    weight = torch.randn(x.shape, generator=generator)
+    back.backward(weight)
+    assert torch.equal(x.grad, torch.where(kept[..., None, None], weight, 0))
 
 
 def valid_tokens(grid: Grid, lengths: torch.Tensor | None) -> torch.Tensor:
@@ -113,6 +144,7 @@ def test_raster_without_padding_is_the_host_order() -> None:
     x = torch.randn(1, 64, 1, 1)
     assert layout.identity
     assert layout.bind().pack(x) is x
+    assert layout.bind().unpack(x) is x
 
 
 sizes = st.tuples(*[st.integers(1, 9)] * 3)

@@ -107,6 +107,11 @@ def test_gradcheck_merge() -> None:
     assert torch.autograd.gradcheck(lambda *x: vsparse.merge_attention(x[:3], x[3:]), [*outs, *lses])
 
 
+def test_gradcheck_reorder() -> None:
+    x = tensors(*sides())[0].requires_grad_()
+    assert torch.autograd.gradcheck(lambda y: OPS.reorder(y, *orders()), [x])
+
+
 def test_merge_of_empty_parts() -> None:
     out, lse = torch.randn(1, 2, 1, 4), torch.tensor([[[0.5], [-torch.inf]]])
     nothing = torch.full_like(lse, -torch.inf)
@@ -120,6 +125,14 @@ def test_merge_of_empty_parts() -> None:
 
 
 # ---- schemas and fakes -------------------------------------------------------------------------------------------
+
+
+def orders() -> tuple[Tensor, Tensor]:
+    """Where each of 14 slots comes from among 12 rows, and where each row goes; another for the second head."""
+    index = torch.tensor([[[3, -1, 0, 11, 7, -1, 1, -1, 2, 10, 9, 8, -1, 5], [*range(6), -1, -1, *range(6, 12)]]])
+    inverse = torch.full((1, 2, 13), -1)
+    inverse.scatter_(-1, torch.where(index < 0, 12, index), torch.arange(14).expand_as(index))
+    return index, inverse[..., :12].contiguous()
 
 
 def op_cases() -> dict[str, tuple[Callable[..., object], tuple[object, ...]]]:
@@ -140,6 +153,7 @@ def op_cases() -> dict[str, tuple[Callable[..., object], tuple[object, ...]]]:
         "pool": (OPS.block_pool, (q, side.length, None, side.block)),
         "pool backward": (OPS.block_pool_backward, (vsparse.block_pool(q, side), q, side.length, None, side.block)),
         "merge": (OPS.merge_attention, (outs, lses)),
+        "reorder": (OPS.reorder, (q, *orders())),
         "merge backward": (OPS.merge_attention_backward, (out, grad_lse, outs, lses)),
     }
 
@@ -147,7 +161,7 @@ def op_cases() -> dict[str, tuple[Callable[..., object], tuple[object, ...]]]:
 @pytest.mark.parametrize("name", list(op_cases()))
 def test_opcheck(name: str) -> None:
     op, args = op_cases()[name]
-    trained = {"attention", "search", "pool", "merge"}
+    trained = {"attention", "search", "pool", "merge", "reorder"}
 
     def leaf(x: object) -> object:
         if isinstance(x, list):

@@ -20,6 +20,7 @@ _PROVIDERS: dict[str, tuple[str, ...]] = {
         "vsparse.kernels.block_pool",
         "vsparse.kernels.merge",
         "vsparse.kernels.select",
+        "vsparse.kernels.reorder",
     ),
 }
 

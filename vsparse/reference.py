@@ -22,6 +22,7 @@ __all__ = [
     "block_sparse_attention_backward",
     "merge_attention",
     "merge_attention_backward",
+    "reorder",
     "search_attention",
     "select_blocks",
     "slot_block",
@@ -238,6 +239,19 @@ def block_pool_backward(grad: Tensor, x: Tensor, blocking: Blocking) -> Tensor:
     place = block.clamp_min(0).expand(x.shape[0], x.shape[2], -1).transpose(1, 2)[..., None].expand_as(x)
     valid = (block >= 0).transpose(1, 2)[..., None]
     return torch.where(valid, (grad / count).gather(1, place), 0).to(x.dtype)
+
+
+def reorder(x: Tensor, index: Tensor) -> Tensor:
+    """``out[b, s, h] = x[b, index[b, h, s], h]``, and 0 where the index is negative.
+
+    Args:
+        x: ``[B, L, H, D]``. index: ``[B|1, H|1, S]`` int64.
+
+    Returns:
+        ``[B, S, H, D]``.
+    """
+    place = index.expand(x.shape[0], x.shape[2], -1).transpose(1, 2)[..., None]
+    return torch.where(place < 0, 0, x.gather(1, place.clamp_min(0).expand(-1, -1, -1, x.shape[3])))
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

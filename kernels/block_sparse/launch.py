@@ -57,13 +57,14 @@ def _sizes(blocks: BlockMap) -> tuple[int, int]:
     return blocks.q.block, blocks.k.block
 
 
-def _natural(dtype: torch.dtype) -> bool:
+def natural(dtype: torch.dtype) -> bool:
     """Whether logits stay in base e and products in full float32: where the inputs have the bits to show it."""
     return dtype == torch.float32
 
 
-def _in_base(x: float, natural: bool) -> float:
-    return x if natural else x * LOG2E.value
+def in_base(x: float, dtype: torch.dtype) -> float:
+    """A factor of natural logits for logits in the base that `natural` chooses."""
+    return x if natural(dtype) else x * LOG2E.value
 
 
 @on_its_device
@@ -73,7 +74,7 @@ def block_sparse_attention(
     """Implements `vsparse.reference.block_sparse_attention`."""
     batch, slots, heads, d = q.shape
     width, (bq, bk) = Width.of(d), _sizes(blocks)
-    chosen, natural = config("attend", architecture(q.device), width, bq, bk, q.element_size()), _natural(q.dtype)
+    chosen = config("attend", architecture(q.device), width, bq, bk, q.element_size())
     # With starts there may be slots of no block, which no program writes.
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if blocks.q.start is None else q.new_zeros(q.shape)
     fill = torch.empty if blocks.q.start is None else _nothing
@@ -84,16 +85,32 @@ def block_sparse_attention(
     attend[(blocks.q.blocks * triton.cdiv(bq, chosen.bm), heads, batch)](
         q, k, v, out, lse,
         index[0], count[0], q_side[0], q_side[3], k_side[0], k_side[3], bias[0],
-        _in_base(scale, natural), math.inf if skip_threshold is None else _in_base(skip_threshold, natural),
+        in_base(scale, q.dtype), math.inf if skip_threshold is None else in_base(skip_threshold, q.dtype),
         *strides(q), *strides(k), *strides(v), *strides(out)[:3],
         *index[1:], *count[1:], *q_side[1:3], *q_side[4:], *k_side[1:3], *k_side[4:], *bias[1:],
         slots, blocks.k.blocks, blocks.capacity,
         BQ=bq, BK=bk, BM=chosen.bm, BN=chosen.bn, D=d, D1=width.D1, D2=width.D2,
         STARTS_Q=blocks.q.start is not None, STARTS_K=blocks.k.start is not None,
-        BIAS=blocks.key_bias is not None, SKIP=skip_threshold is not None, NATURAL=natural,
+        BIAS=blocks.key_bias is not None, SKIP=skip_threshold is not None, NATURAL=natural(q.dtype),
         **chosen.options,
     )  # fmt: skip
     return out, lse
+
+
+def prepared(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """What every backward here starts from: ``delta`` and ``shift`` of `prepare`, both ``[B, H, S]``."""
+    batch, slots, heads, d = out.shape
+    width = Width.of(d)
+    delta, shift = (torch.empty(batch, heads, slots, dtype=torch.float32, device=out.device) for _ in range(2))
+    out, lse = out.contiguous(), lse.contiguous()  # as the forward wrote them
+    by_lse = (0, 0, 0) if grad_lse is None else (grad_lse.stride(0), grad_lse.stride(2), grad_lse.stride(1))
+    prepare[(triton.cdiv(slots, PREPARE_ROWS), heads, batch)](
+        out, grad_out, lse, lse if grad_lse is None else grad_lse, delta, shift,
+        *strides(out)[:3], *strides(grad_out), *by_lse, slots,
+        ROWS=PREPARE_ROWS, D=d, D1=width.D1, D2=width.D2, GRAD_LSE=grad_lse is not None, NATURAL=natural(out.dtype),
+        num_warps=4,
+    )  # fmt: skip
+    return delta, shift
 
 
 def _nothing(shape: torch.Size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -115,26 +132,18 @@ def block_sparse_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implements `vsparse.reference.block_sparse_attention_backward`."""
     batch, slots, heads, d = q.shape
-    width, (bq, bk), arch, natural = Width.of(d), _sizes(blocks), architecture(q.device), _natural(q.dtype)
-    delta, shift = (torch.empty(batch, heads, slots, dtype=torch.float32, device=q.device) for _ in range(2))
-    out, lse = out.contiguous(), lse.contiguous()  # as the forward wrote them
-    by_lse = (0, 0, 0) if grad_lse is None else (grad_lse.stride(0), grad_lse.stride(2), grad_lse.stride(1))
-    prepare[(triton.cdiv(slots, PREPARE_ROWS), heads, batch)](
-        out, grad_out, lse, lse if grad_lse is None else grad_lse, delta, shift,
-        *strides(out)[:3], *strides(grad_out), *by_lse, slots,
-        ROWS=PREPARE_ROWS, D=d, D1=width.D1, D2=width.D2, GRAD_LSE=grad_lse is not None, NATURAL=natural, num_warps=4,
-    )  # fmt: skip
-
+    width, (bq, bk), arch = Width.of(d), _sizes(blocks), architecture(q.device)
+    delta, shift = prepared(grad_out, grad_lse, out, lse)
     index, count = lanes(blocks.index, batch, heads), lanes(blocks.count, batch, heads)
     q_side, k_side = map_lanes(blocks.q, batch, heads), map_lanes(blocks.k, batch, heads)
     bias = k_side[:3] if blocks.key_bias is None else lanes(blocks.key_bias, batch, heads)
     sides = (*q_side[1:3], *q_side[4:], *k_side[1:3], *k_side[4:], *bias[1:])
-    pointers = (q_side[0], q_side[3], k_side[0], k_side[3], bias[0], _in_base(scale, natural), scale)
+    pointers = (q_side[0], q_side[3], k_side[0], k_side[3], bias[0], in_base(scale, q.dtype), scale)
     inputs = (*strides(q), *strides(k), *strides(v), *strides(grad_out))
     flags = {
         "BQ": bq, "BK": bk, "D": d, "D1": width.D1, "D2": width.D2,
         "STARTS_Q": blocks.q.start is not None, "STARTS_K": blocks.k.start is not None,
-        "BIAS": blocks.key_bias is not None, "NATURAL": natural,
+        "BIAS": blocks.key_bias is not None, "NATURAL": natural(q.dtype),
     }  # fmt: skip
 
     def target(x: Tensor, starts: bool) -> Tensor:

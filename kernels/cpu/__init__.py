@@ -15,6 +15,7 @@ from vsparse.reference import select_blocks
 from .attention import block_sparse_attention, block_sparse_attention_backward
 from .mass import block_mass, search_attention
 from .merge import merge_attention, merge_attention_backward
+from .order import reorder
 from .pool import block_pool, block_pool_backward
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -49,5 +50,6 @@ _RUN: dict[str, Callable[..., Any]] = {
 
 for _op, _run in _RUN.items():
     register(_op, Implementation("gathered", "cpu", _run, _unsupported), priority=0)
+register("reorder", Implementation("copied", "cpu", reorder, lambda *_: []), priority=0)
 # Sorting is what a CPU does well: the definition is the implementation.
 register("select_blocks", Implementation("sorted", "cpu", select_blocks, lambda *_, **__: []), priority=0)

@@ -10,9 +10,9 @@ import triton
 from torch import Tensor
 
 from vsparse.blocks import BlockMap
-from vsparse.kernels.block_sparse.backward import prepare
+from vsparse.kernels.block_sparse.launch import in_base, natural, prepared
 from vsparse.kernels.block_sparse.transpose import transpose
-from vsparse.kernels.tiles import LOG2E, Width, lanes, map_lanes, on_its_device, reasons, strides
+from vsparse.kernels.tiles import Width, lanes, map_lanes, on_its_device, reasons, strides
 
 from .backward import grad_blocks, grad_rows
 from .forward import attend_rows, combine
@@ -57,6 +57,11 @@ def unsupported_backward(
     return unsupported(q, k, v, blocks, scale=scale)
 
 
+def from_head(lane: tuple[Tensor, int, int], first: int) -> Tensor:
+    """A map tensor of `lanes` whose first head is ``first``."""
+    return lane[0] if lane[2] == 0 else lane[0][:, first:]
+
+
 class _Lists:
     """What every kernel here is handed about a map: lists by key block, lengths, starts, bias, and their strides."""
 
@@ -72,13 +77,9 @@ class _Lists:
         self.bias = self.k[:3] if blocks.key_bias is None else lanes(blocks.key_bias, batch, heads)
         self.capacity = max(1, blocks.capacity)
 
-    def head(self, found: tuple[Tensor, int, int], first: int) -> Tensor:
-        """A map tensor whose first head is ``first``."""
-        return found[0] if found[2] == 0 else found[0][:, first:]
-
     def sides(self, first: int) -> tuple[Tensor, ...]:
         k = self.k
-        return tuple(self.head(x, first) for x in (self.q_length, k[:3], (k[3], *k[4:]), self.bias))
+        return tuple(from_head(x, first) for x in (self.q_length, k[:3], (k[3], *k[4:]), self.bias))
 
     @property
     def side_strides(self) -> tuple[int, ...]:
@@ -97,12 +98,8 @@ def _flags(q: Tensor, found: _Lists) -> dict[str, int | bool]:
         "BK": found.bk, "BM": chosen.bm, "BN": chosen.bn,
         "D": q.shape[-1], "D1": found.width.D1, "D2": found.width.D2,
         "STARTS_K": found.blocks.k.start is not None, "BIAS": found.blocks.key_bias is not None,
-        "NATURAL": q.dtype == torch.float32, "num_warps": chosen.warps, "num_stages": chosen.stages,
+        "NATURAL": natural(q.dtype), "num_warps": chosen.warps, "num_stages": chosen.stages,
     }  # fmt: skip
-
-
-def _in_base(x: float, dtype: torch.dtype) -> float:
-    return x if dtype == torch.float32 else x * LOG2E.value
 
 
 def _by_entry(x: Tensor) -> tuple[int, int, int, int]:
@@ -128,9 +125,9 @@ def block_sparse_attention(
         part = torch.empty(batch, number, slots, found.capacity, d, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(part.shape[:4], dtype=torch.float32, device=q.device)
         inputs = tuple(x[:, :, group] for x in (q, k, v))
-        shared = (_in_base(scale, q.dtype), *strides(q), *strides(k), *strides(v))
+        shared = (in_base(scale, q.dtype), *strides(q), *strides(k), *strides(v))
         rest = (*found.side_strides, keys, blocks.capacity, tiles)
-        index, begin, row = (found.head(x, first) for x in by_head)
+        index, begin, row = (from_head(x, first) for x in by_head)
         attend_rows[(keys * tiles, number, batch)](
             *inputs, part, part_lse, index, begin, row, *found.sides(first), *shared,
             *_by_entry(part), *_by_entry(part_lse), *found.index[1:], *found.begin[1:], *found.row[1:], *rest,
@@ -138,7 +135,7 @@ def block_sparse_attention(
         )  # fmt: skip
         attend_rows[(tiles, number, batch)](
             *inputs, out[:, :, group], lse[:, :, group], index,
-            found.head(found.full_count, first), found.head(found.full, first), *found.sides(first), *shared,
+            from_head(found.full_count, first), from_head(found.full, first), *found.sides(first), *shared,
             *direct, *found.index[1:], *found.full_count[1:], *found.full[1:], *rest,
             LISTED=False, **flags,
         )  # fmt: skip
@@ -153,7 +150,7 @@ def _combine(part: Tensor, part_lse: Tensor | None, out: Tensor, lse: Tensor | N
     by_lse = (0, 0, 0) if lse is None else (lse.stride(0), lse.stride(2), lse.stride(1))
     combine[(triton.cdiv(slots, ROWS), number, batch)](
         part, part if part_lse is None else part_lse, out, part if lse is None else lse,
-        found.head(found.count, first), found.head(found.q_length, first),
+        from_head(found.count, first), from_head(found.q_length, first),
         *_by_entry(part), *by_part, *strides(out)[:3], *by_lse, *found.count[1:], *found.q_length[1:],
         slots, found.blocks.k.blocks, found.blocks.capacity,
         ROWS=ROWS, D=d, COLUMNS=triton.next_power_of_2(d), WEIGHTED=lse is not None, num_warps=4,
@@ -177,32 +174,24 @@ def block_sparse_attention_backward(
     batch, slots, heads, d = q.shape
     found = _Lists(q, blocks)
     flags, keys = _flags(q, found), blocks.k.blocks
-    delta, shift = (torch.empty(batch, heads, slots, dtype=torch.float32, device=q.device) for _ in range(2))
-    out, lse = out.contiguous(), lse.contiguous()  # as the forward wrote them
-    by_lse = (0, 0, 0) if grad_lse is None else (grad_lse.stride(0), grad_lse.stride(2), grad_lse.stride(1))
-    prepare[(triton.cdiv(slots, ROWS), heads, batch)](
-        out, grad_out, lse, lse if grad_lse is None else grad_lse, delta, shift,
-        *strides(out)[:3], *strides(grad_out), *by_lse, slots,
-        ROWS=ROWS, D=d, D1=found.width.D1, D2=found.width.D2, GRAD_LSE=grad_lse is not None,
-        NATURAL=flags["NATURAL"], num_warps=4,
-    )  # fmt: skip
-    scales = (_in_base(scale, q.dtype), scale)
+    delta, shift = prepared(grad_out, grad_lse, out, lse)
+    scales = (in_base(scale, q.dtype), scale)
     by_input = (*strides(q), *strides(k), *strides(v), *strides(grad_out))
     by_statistics = (delta.stride(0), delta.stride(1))
-    dq, dk, dv = torch.empty_like(out), *(_zeros(x, flags) for x in (k, v))
+    dq, dk, dv = torch.empty(q.shape, dtype=q.dtype, device=q.device), *(_zeros(x, flags) for x in (k, v))
     tiles = triton.cdiv(slots, int(flags["BM"]))
     rest = (*found.side_strides, keys, blocks.capacity, tiles)
     for group in found.groups(q):
         first, number = group.start, group.stop - group.start
         part = torch.empty(batch, number, slots, found.capacity, d, dtype=torch.float32, device=q.device)
         inputs = (*(x[:, :, group] for x in (q, k, v, grad_out)), delta[:, group], shift[:, group])
-        index, begin, row = (found.head(x, first) for x in (found.index, found.begin, found.row))
+        index, begin, row = (from_head(x, first) for x in (found.index, found.begin, found.row))
         grad_rows[(keys * tiles, number, batch)](
             *inputs, part, index, begin, row, *found.sides(first), *scales, *by_input, *_by_entry(part), *by_statistics,
             *found.index[1:], *found.begin[1:], *found.row[1:], *rest, LISTED=True, **flags,
         )  # fmt: skip
         grad_rows[(tiles, number, batch)](
-            *inputs, dq[:, :, group], index, found.head(found.full_count, first), found.head(found.full, first),
+            *inputs, dq[:, :, group], index, from_head(found.full_count, first), from_head(found.full, first),
             *found.sides(first), *scales, *by_input, *strides(dq)[:3], 0, *by_statistics,
             *found.index[1:], *found.full_count[1:], *found.full[1:], *rest, LISTED=False, **flags,
         )  # fmt: skip

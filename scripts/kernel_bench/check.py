@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import vsparse
 from vsparse import reference
 
-from .check_ops import mass, merge, pool, selection
+from .check_ops import mass, merge, order, pool, selection
 from .clock import attempt
 from .inputs import synchronize
 from .law import distance, law, poison
@@ -120,7 +120,7 @@ def attention(case: Case, device: torch.device, tokens: tuple[int, int]) -> dict
     return {**words, "errors": errors, "relative": relative}
 
 
-KINDS = {"attention": attention, "mass": mass, "pool": pool, "merge": merge, "select": selection}
+KINDS = {"attention": attention, "mass": mass, "pool": pool, "merge": merge, "select": selection, "reorder": order}
 
 
 def run(case: Case, device: torch.device, *, tiny: bool) -> dict[str, Any]:

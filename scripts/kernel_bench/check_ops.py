@@ -1,4 +1,4 @@
-"""Checks of the ops around attention: exact mass, pooling, merging, selection."""
+"""Checks of the ops around attention: exact mass, pooling, merging, selection, packing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import vsparse
-from vsparse import BlockMap, reference, select
+from vsparse import BlockMap, Grid, TileLayout, reference, select
 
 from .clock import attempt
 from .inputs import blocking, generator
@@ -85,6 +85,39 @@ def merge(case: Case, device: torch.device, tokens: tuple[int, int]) -> dict[str
             return reference.merge_attention(*parts)[i]
 
         found[name] = _one(name, lambda i=i: vsparse.merge_attention(outs, lses)[i], plain)
+    return _gather(found)
+
+
+def order(case: Case, device: torch.device, tokens: tuple[int, int]) -> dict[str, Any]:
+    """Packing a batch with texts of several lengths, unpacking, and the gradients of both: to the bit."""
+    grid = Grid(t=3, h=13, w=tokens[0] // 40, text_after=90)
+    side = TileLayout(grid, tile=(4, 4, 4)).to(device).bind(torch.tensor([90, 7], device=device))
+    numbers, dtype = generator(device, 5), getattr(torch, case.dtype)
+    x = torch.randn(2, grid.tokens, 3, case.width, generator=numbers, device=device).to(dtype)
+    layout = side.layout
+    assert layout is not None
+    assert side.order is not None
+    y = reference.reorder(x, side.order[0])
+    pairs: dict[str, tuple[Callable[[Tensor], Tensor], Tensor, Tensor, Tensor]] = {
+        "pack": (side.pack, x, *side.order),
+        "unpack": (side.unpack, y, layout.token_slot, layout.slot_token),
+    }
+    found = {}
+    for name, (call, value, index, inverse) in pairs.items():
+        wanted = reference.reorder(value, index)
+        gradients = reference.reorder(wanted, inverse)
+
+        def both(call: Callable[[Tensor], Tensor] = call, value: Tensor = value) -> list[Tensor]:
+            leaf = value.detach().clone().requires_grad_()
+            with torch.enable_grad():
+                out = call(leaf)
+            return [out.detach(), *torch.autograd.grad(out, leaf, out.detach())]
+
+        with poison():
+            given, words = attempt(both)
+        if not words and not all(map(torch.equal, given, (wanted, gradients))):
+            words = "other values than the definition gives"
+        found[name] = (f"{name}: {words}" if words else "", math.inf if words else 0.0)
     return _gather(found)
 
 

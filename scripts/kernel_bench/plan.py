@@ -15,6 +15,7 @@ HEADS = (7, 12, 24, 40)
 WIDTHS = (64, 128)
 DENSITIES = (1.0, 0.5, 0.25, 0.125, 0.1, 0.05, 0.037)
 BLOCKS = ((64, 64), (128, 64), (64, 128), (128, 128))
+GATHERED = ((64, 1), (128, 1), (1, 64))  # those for which other kernels gather single keys or queries into tiles
 
 BACKWARD = 2.5  # products of the backward, in units of those of the forward
 TYPICAL = 300e12  # FLOP/s by which times are guessed before anything is measured
@@ -112,6 +113,8 @@ _FIRST: tuple[Group, ...] = (
     Group(118_800, 24, 128, (64, 64), (0.1,)),
     Group(75_600, 40, 128, (128, 128), (0.1,)),
     Group(32_760, 24, 64, (128, 128), (0.1, 0.25)),
+    Group(39_936, 12, 128, (64, 1), (0.1, 0.05)),
+    Group(39_936, 12, 128, (128, 1), (0.05,)),
     Group(39_936, 12, 128, (64, 128), (0.1,)),
     Group(109_632, 7, 64, (64, 64), (0.037, 0.125)),
     Group(32_760, 12, 128, (64, 64), (0.125, 0.5)),
@@ -128,9 +131,10 @@ def all_groups() -> list[Group]:
 
 
 def tiny_groups() -> list[Group]:
-    """What a dry run goes through: one group that must be measured, one ragged, one wider than the others."""
+    """What a dry run goes through: one group that must be measured, one of single keys, one ragged and wider."""
     return [
         Group(256, 2, 64, (64, 64), (0.5, 1.0), must=True),
+        Group(130, 1, 64, (64, 1), (0.5,)),
         Group(230, 1, 80, (128, 64), (0.5,)),
     ]
 

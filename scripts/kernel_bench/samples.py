@@ -11,12 +11,12 @@ from torch import Tensor
 from vsparse import Blocking, BlockMap, reference
 
 from .inputs import generator
-from .plan import BLOCKS
+from .plan import BLOCKS, GATHERED
 
 WIDTHS = (128, 64, 80, 96, 32, 256)
 DTYPES = ("bfloat16", "float16", "float32")
 VARIANTS = ("bias", "starts", "full")
-OPS = ("mass", "pool", "merge", "select")
+OPS = ("mass", "pool", "merge", "select", "reorder")
 
 
 @dc.dataclass(frozen=True)
@@ -47,7 +47,10 @@ def cases() -> list[Case]:
     found = [Case("attention", width, *block, dtype) for dtype in DTYPES for width in WIDTHS for block in BLOCKS]
     variants = [Case("attention", 128, 64, 64, d, v) for d in ("bfloat16", "float32") for v in VARIANTS]
     search = [Case(kind, width, 64, 64, "bfloat16") for kind in OPS for width in (128, 64)]
-    return [*found[: 2 * len(BLOCKS)], *search, *variants, *found[2 * len(BLOCKS) :]]
+    gathered = [Case("attention", 128, *block, "bfloat16") for block in GATHERED]
+    gathered += [Case("attention", 128, 64, 1, "bfloat16", v) for v in VARIANTS]
+    gathered += [Case("attention", 64, *block, d) for block in GATHERED for d in DTYPES]
+    return [*found[: 2 * len(BLOCKS)], *search, *gathered, *variants, *found[2 * len(BLOCKS) :]]
 
 
 def tiny_cases() -> list[Case]:
@@ -56,6 +59,7 @@ def tiny_cases() -> list[Case]:
         Case("attention", 80, 128, 64, "bfloat16"),
         Case("attention", 64, 64, 64, "float32", "bias"),
         Case("attention", 64, 64, 64, "bfloat16", "full"),
+        Case("attention", 64, 64, 1, "bfloat16"),
         *(Case(kind, 64, 64, 64, "bfloat16") for kind in OPS),
     ]
 

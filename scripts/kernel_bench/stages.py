@@ -99,7 +99,7 @@ def parts(session: Session, seconds: float) -> None:
                 None,
                 (
                     session.verdicts.refusal(width, (64, 64), session.dtype, "forward", kind)
-                    for kind in ("attention", "pool", "select")
+                    for kind in ("attention", "pool", "select", "reorder")
                 ),
             )
         )

@@ -102,6 +102,18 @@ def _gather(case: Case) -> None:
     launch.block_sparse_attention_backward(out, lse, q, k, v, out, lse, blocks, scale=case.d**-0.5)
 
 
+def _gather_keys(case: Case) -> None:
+    from vsparse.kernels.gather import keys_launch as launch
+
+    k_side = _side(1, BLOCKS * case.bq)
+    blocks = _map(_side(case.bq), k_side)
+    if case.variant == "bias":
+        blocks = dc.replace(blocks, key_bias=torch.zeros(BATCH, HEADS, k_side.blocks))
+    q, k, v = (_tensor(case, BLOCKS * case.bq) for _ in range(3))
+    out, lse = launch.block_sparse_attention(q, k, v, blocks, scale=case.d**-0.5)
+    launch.block_sparse_attention_backward(out, lse, q, k, v, out, lse, blocks, scale=case.d**-0.5)
+
+
 def _select(case: Case) -> None:
     from vsparse.kernels.select import launch
 
@@ -141,13 +153,21 @@ def _merge(case: Case) -> None:
     launch.merge_attention_backward(outs[0], lses[0], outs, lses)
 
 
+def _reorder(case: Case) -> None:
+    from vsparse.kernels.reorder import launch
+
+    x = _tensor(case, BLOCKS * case.bk)
+    launch.reorder(x, torch.zeros(1, 1, x.shape[1] + 1, dtype=torch.int64))
+
+
 @dc.dataclass(frozen=True)
 class Kernel:
     """A kernel beside the three of block-sparse attention.
 
     Args:
         launch: Runs its launcher. variants: by name, the constants that tell it from other launches of the kernel.
-        bq: Slots of a query block. d: head dimensions; empty where the kernel knows neither them nor blocks.
+        bq, bk: Slots of a query block and of a key block. d: head dimensions; empty where the kernel knows neither
+            them nor blocks.
         products: Whether it multiplies matrices.
     """
 
@@ -156,6 +176,7 @@ class Kernel:
     bq: int = 64
     d: tuple[int, ...] = (128,)
     products: bool = False
+    bk: int = 64
 
 
 _LISTED = {"listed": {"LISTED": True}}
@@ -168,12 +189,17 @@ KERNELS = {
     "combine": Kernel(_gather, {"merge": {"WEIGHTED": True}, "sum": {"WEIGHTED": False}}, 1),
     "grad_rows": Kernel(_gather, {**_LISTED, **_FULL}, 1, (64, 128), products=True),
     "grad_blocks": Kernel(_gather, bq=1, d=(64, 128), products=True),
+    "attend_list": Kernel(_gather_keys, {"": {}, "bias": {"BIAS": True}}, bk=1, d=(64, 128), products=True),
+    "grad_list": Kernel(_gather_keys, bk=1, d=(64, 128), products=True),
+    "grad_entries": Kernel(_gather_keys, {**_LISTED, **_FULL}, bk=1, d=(64, 128), products=True),
+    "sum_entries": Kernel(_gather_keys, bk=1),
     "select": Kernel(_select, {rule: {"RULE": rule, "COLUMNS": 2048} for rule in ("count", "reach")}, d=()),
     "pair_mass": Kernel(_block_mass, {"all": {"LISTED": False}, **_LISTED}, d=(64, 128), products=True),
     "pool": Kernel(_block_pool),
     "spread": Kernel(_block_pool),
     "merge": Kernel(_merge),
     "grad_parts": Kernel(_merge),
+    "move": Kernel(_reorder),
 }
 # What block-sparse attention compiles apart: blockings with starts, a bias per key block, tiles that may be skipped.
 FLAGS = {"attend": ("starts", "bias", "skip"), "grad_queries": ("starts", "bias"), "grad_keys": ("starts", "bias")}
@@ -185,7 +211,7 @@ def _others(architectures: tuple[int, ...]) -> Iterator[Case]:
         yield from (Case(step, 90, "bf16", 128, 64, 64, flag) for flag in flags if 90 in architectures)
     for arch, (step, kernel) in itertools.product(architectures, KERNELS.items()):
         for variant in kernel.variants if arch in (80, 90) else ():
-            yield from (Case(step, arch, "bf16", d, kernel.bq, 64, variant) for d in kernel.d)
+            yield from (Case(step, arch, "bf16", d, kernel.bq, kernel.bk, variant) for d in kernel.d)
             if not kernel.d:
                 yield Case(step, arch, "fp32", 0, 0, 0, variant)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vsparse.kernels.block_sparse import tuning
+from vsparse.kernels.gather.tuning import KEYS_LIMITS
 from vsparse.kernels.tiles import Width
 
 from .cases import KERNELS, STEPS, Case
@@ -36,7 +37,7 @@ def limits_of(case: Case) -> tuning.Limits:
     """What the code of a case must keep to."""
     if case.step in STEPS:
         return tuning.limits(case.step, case.arch, Width.of(case.d), case.bq, case.bk, case.itemsize)
-    return OTHERS
+    return KEYS_LIMITS.get(case.step, OTHERS)
 
 
 def judged(case: Case, figures: Figures) -> list[str]:
@@ -65,7 +66,7 @@ def breaches(case: Case, figures: Figures, limits: tuning.Limits) -> Iterator[st
         yield f"{figures.local} loads and stores of local memory, at most {limits.spill // 2}"
     if case.itemsize == 4 or (case.step in KERNELS and not KERNELS[case.step].products):
         return
-    rows = figures.bn if case.step in ("grad_keys", "grad_blocks") else figures.bm
+    rows = figures.bn if case.step in ("grad_keys", "grad_blocks", "grad_entries") else figures.bm
     kind = {90: "wgmma", 100: "tcgen"}.get(case.arch, "mma") if rows >= 64 else "mma"
     if not getattr(figures, kind):
         yield f"no {kind} instructions: the products do not run on the tensor cores as they should"

@@ -125,7 +125,7 @@ def sampled(one: Driven, step: int) -> Tensor:
 
 @GRIDS
 def test_loss_by_hand(grid: vsparse.Grid) -> None:
-    """Direction and size of the logits of sampled queries, over the keys of the video; it reaches the predictor only."""
+    """Direction and size of the logits of sampled queries, over the video; it reaches the predictor only."""
     q, k, v = (x.requires_grad_() for x in tensors(grid, batch=2))
     hidden = hidden_of(grid).requires_grad_()
     one = driven(FIXED, grid, train=True)

@@ -42,7 +42,7 @@ def driven(method: SVG2, grid: vsparse.Grid, **site: Any) -> Driven:
 def token_clusters(blocking: Any) -> Tensor:
     """``[B, H, N]``: the block of every token."""
     start, length = blocking.start.long(), blocking.length.long()
-    slot = blocking.token_slot[..., None]
+    slot = blocking.order[1][..., None]
     inside = (slot >= start[..., None, :]) & (slot < (start + length)[..., None, :])
     return torch.where(inside.any(-1), inside.int().argmax(-1), -1)
 

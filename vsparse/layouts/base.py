@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from vsparse.geometry import Grid, Segment
+from vsparse.layouts.reorder import reorder, take
 
 __all__ = ["Blocking", "Layout"]
 
@@ -22,18 +23,17 @@ class Blocking:
         block: Slots of a block (its capacity).
         start: ``[B|1, H|1, K]`` int32, first slot of each block, or None when block ``i`` starts at ``i * block``.
         layout: The layout that was bound; needed by ``pack``, ``unpack`` and ``expand`` only.
-        valid: ``[B|1, H|1, S]`` bool, slots that hold a valid token, or None when every slot does.
-        slot_token, token_slot: ``[B, H, N]`` int64, an order of its own, found from data (`arrange`), for ``pack`` and
-            ``unpack``; None: the layout's.
+        order: Where text lengths leave tokens out: the token of each slot ``[B|1, H|1, S]`` and the slot of each token
+            ``[B|1, H|1, N]``, int64, -1 where there is none or it is not valid. None: the layout's own.
+        arranged: The order is not the layout's: it was found from data, by sample and head (`arrange`).
     """
 
     length: Tensor
     block: int
     start: Tensor | None = None
     layout: Layout | None = None
-    valid: Tensor | None = None
-    slot_token: Tensor | None = None
-    token_slot: Tensor | None = None
+    order: tuple[Tensor, Tensor] | None = None
+    arranged: bool = False
 
     @property
     def blocks(self) -> int:
@@ -61,39 +61,34 @@ class Blocking:
         layout = self._bound()
         if x.ndim != 4 or x.shape[1] != layout.tokens:
             raise ValueError(f"pack: x must be [B, N={layout.tokens}, H, D] for {layout.grid}, got {tuple(x.shape)}")
-        if self.slot_token is not None:
-            y = _take(x, self.slot_token)
-        else:
-            y = x if layout.identity else _take(x, layout.slot_source)
-        return y if self.valid is None else torch.where(self.valid.transpose(1, 2).unsqueeze(-1), y, 0)
+        if self.arranged or not layout.identity:
+            return reorder(x, *(self.order or (layout.slot_token, layout.token_slot)))
+        return x if self.order is None else torch.where((self.order[0] >= 0).transpose(1, 2).unsqueeze(-1), x, 0)
 
     def unpack(self, y: Tensor) -> Tensor:
         """``[B, S, H, D]`` in block order -> ``[B, N, H, D]`` in host order."""
         layout = self._bound()
         if y.ndim != 4 or y.shape[1] != layout.slots:
             raise ValueError(f"unpack: y must be [B, S={layout.slots}, H, D], got {tuple(y.shape)}")
-        if self.token_slot is not None:
-            return _take(y, self.token_slot)
-        return y if layout.identity else _take(y, layout.token_slot)
+        if self.arranged and self.order is not None:
+            return reorder(y, self.order[1], self.order[0])
+        return y if layout.identity else reorder(y, layout.token_slot, layout.slot_token)
 
     def expand(self, pooled: Tensor) -> Tensor:
         """``[B, K, H, D]`` -> ``[B, N, H, D]`` in host order: every token receives the value of its block."""
         if pooled.ndim != 4 or pooled.shape[1] != self.blocks:
             raise ValueError(f"expand: pooled must be [B, K={self.blocks}, H, D], got {tuple(pooled.shape)}")
         layout = self._bound()
-        if self.token_slot is not None:
+        if self.arranged:
             raise ValueError("expand: blocks of an order found from data differ by sample and head")
         per_tile = layout.blocks // self.blocks
-        return _take(pooled, layout.token_block // per_tile if per_tile > 1 else layout.token_block)
+        return take(pooled, layout.token_block // per_tile if per_tile > 1 else layout.token_block)
 
     def rows(self) -> Blocking:
         """The same slots with one block per slot: the query side of a map that chooses per token."""
         layout = self._bound()
-        if self.valid is None:
-            length = torch.ones(1, 1, layout.slots, dtype=torch.int32, device=self.length.device)
-        else:
-            length = self.valid.to(torch.int32)
-        return Blocking(length=length, block=1, layout=layout, valid=self.valid)
+        slot_token = layout.slot_token if self.order is None else self.order[0]
+        return dc.replace(self, length=(slot_token >= 0).to(torch.int32), block=1, start=None)
 
     def tiles(self) -> Blocking:
         """The same slots with one block per tile; equal to this blocking when a tile is one block."""
@@ -102,7 +97,7 @@ class Blocking:
         if per_tile == 1:
             return self
         length = self.length.unflatten(-1, (-1, per_tile)).sum(-1, dtype=torch.int32)
-        return Blocking(length=length, block=self.block * per_tile, layout=layout.tiled, valid=self.valid)
+        return dc.replace(self, length=length, block=self.block * per_tile, layout=layout.tiled)
 
 
 @dc.dataclass(frozen=True, eq=False, kw_only=True)
@@ -197,10 +192,8 @@ class Layout:
         Raises:
             ValueError: the grid has no text, or text on both sides, or the tensor has another form.
         """
-        slot = torch.arange(self.block, device=self.length.device, dtype=torch.int32)
         if text_length is None:
-            valid = (slot < self.length[..., None]).flatten(-2) if self.padded and self.start is None else None
-            return Blocking(length=self.length, block=self.block, start=self.start, layout=self, valid=valid)
+            return Blocking(length=self.length, block=self.block, start=self.start, layout=self)
         if not self.grid.text:
             raise ValueError(f"text_length was given, but {self.grid} has no text tokens")
         if self.grid.text_before and self.grid.text_after:
@@ -211,14 +204,15 @@ class Layout:
             )
         room = text_length.to(torch.int32)[:, None, None] - self.text_offset
         length = torch.where(self.segment == int(Segment.TEXT), room.clamp_min(0).minimum(self.length), self.length)
-        if self.start is None:
-            valid = (slot < length[..., None]).flatten(-2)
-        else:
-            first = self.start.long().gather(-1, self.token_block)
-            place = self.token_slot - first
-            by_token = place < length.long().gather(-1, self.token_block.expand(length.shape[0], -1, -1))
-            valid = by_token.gather(-1, self.slot_source.expand(length.shape[0], -1, -1))
-        return Blocking(length=length, block=self.block, start=self.start, layout=self, valid=valid)
+        lead = torch.broadcast_shapes(length.shape[:2], self.token_slot.shape[:2])
+        block = self.token_block.expand(*lead, -1)
+        first = block * self.block
+        if self.start is not None:
+            first = self.start.long().expand(*lead, -1).gather(-1, block)
+        valid = self.token_slot - first < length.long().expand(*lead, -1).gather(-1, block)
+        kept = valid.gather(-1, self.slot_source.expand(*lead, -1))
+        order = torch.where(kept, self.slot_token, -1), torch.where(valid, self.token_slot, -1)
+        return Blocking(length=length, block=self.block, start=self.start, layout=self, order=order)
 
     def to(self, device: torch.device | str) -> Layout:
         """The same layout on another device (itself when it is already there)."""
@@ -257,11 +251,3 @@ def _tiled(layout: Layout) -> Layout:
         "blocks_per_tile": 1,
     }
     return Layout(**values)  # type: ignore[arg-type]
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Gather along dim 1 of ``[B, L, H, D]`` with an index ``[B|1, H|1, L']``."""
-    if index.shape[0] == index.shape[1] == 1:
-        return x.index_select(1, index[0, 0])
-    wide = index.expand(x.shape[0], x.shape[2], -1).transpose(1, 2)[..., None].expand(-1, -1, -1, x.shape[3])
-    return x.gather(1, wide)

@@ -84,6 +84,9 @@ def arrange(layout: Layout, labels: Tensor, text_length: Tensor | None = None) -
     place = torch.arange(grid.tokens, device=labels.device).expand(*lead, -1)
     slot_token = torch.cat((place[..., :first], order, place[..., last:]), -1)
     token_slot = torch.zeros_like(slot_token).scatter(-1, slot_token, place)
+    if bound.order is not None:  # text that is not valid; no text token has moved
+        shown = bound.order[0] >= 0
+        slot_token, token_slot = (torch.where(shown, x, -1) for x in (slot_token, token_slot))
     before, after = int(grid.text_before > 0), int(grid.text_after > 0)
     clusters = layout.blocks - before - after
     size = torch.zeros(*lead, clusters, dtype=torch.int32, device=labels.device)
@@ -93,11 +96,5 @@ def arrange(layout: Layout, labels: Tensor, text_length: Tensor | None = None) -
     ends = size.cumsum(-1, dtype=torch.int32) + first
     start = torch.cat((ends.new_zeros(*lead, before), ends - size, ends.new_full((*lead, after), last)), -1)
     return Blocking(
-        length=length,
-        block=layout.block,
-        start=start,
-        layout=layout,
-        valid=bound.valid,
-        slot_token=slot_token,
-        token_slot=token_slot,
+        length=length, block=layout.block, start=start, layout=layout, order=(slot_token, token_slot), arranged=True
     )

@@ -156,5 +156,6 @@ def _calls(head_dim: int, block: int, dtype: torch.dtype) -> Iterator[tuple[str,
     yield "select_blocks", (scores, blocking.length, None, limit), rule
     yield "block_pool", (q, blocking), {}
     yield "block_pool_backward", (pooled, q, blocking), {}
+    yield "reorder", (q, layout.slot_token), {}
     yield "merge_attention", ([q, q], [lse, lse]), {}
     yield "merge_attention_backward", (q, lse, [q, q], [lse, lse]), {}
