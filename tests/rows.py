@@ -25,7 +25,7 @@ SHORT = 5
 # AdaSpa's published shares over 5 steps: the first search is the last dense step (step 0), the second is step 2.
 ADASPA = ["search", "reuse", "refresh", "reuse", "reuse"]
 GRIDS = ((3, 9, 11), (5, 7, 13), (6, 10, 14))
-SMALL = (2, 6, 7)
+SMALL = (4, 3, 7)
 
 
 @dc.dataclass(frozen=True, kw_only=True)
