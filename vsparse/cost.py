@@ -42,16 +42,16 @@ def attention_cost(
     rounds = 1 if steps is None else steps
     for site, layout in sites:
         unit = 4.0 * batch * site.heads * site.head_dim
-        density = method.predicted_density(layout, site)
+        chosen, density = method.of(site), method.of(site).predicted_density(layout, site)
         filled = False
         for step in range(rounds):
             known = None if steps is None else step
             phase = method.phase(schedule, step=known, steps=steps, layer=site.layer, filled=filled)
-            filled = filled or phase in method.state_phases
+            filled = filled or phase in chosen.state_phases
             full = unit * layout.tokens**2
             dense += full
-            extra = 0.0 if phase == "dense" else method.search_flops(layout, site, batch, phase)
-            exact = phase in method.exact_phases
+            extra = 0.0 if phase == "dense" else chosen.search_flops(layout, site, batch, phase)
+            exact = phase in chosen.exact_phases
             pairs += full if exact else full * density
             sparse += extra + (full if exact else unit * layout.slots**2 * density)
             search += extra

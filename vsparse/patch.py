@@ -250,7 +250,7 @@ def _build(host: HostAdapter, method: Method, schedule: Schedule, claim: Claim) 
         sparse = method.build(claim.site)
         if any(parameter.dtype != dtype for parameter in sparse.parameters()):
             sparse = sparse.to(dtype)
-    sparse.peak_density = 1.0 if schedule.ramp is not None else method.call_density()
+    sparse.peak_density = 1.0 if schedule.ramp is not None else sparse.method.call_density()
     sparse.added = frozenset(name for name, _ in sparse.named_parameters())
     sparse.train(claim.module.training)
     return sparse

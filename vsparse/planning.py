@@ -100,7 +100,7 @@ def plan(
     if height is None or width is None or num_frames is None:
         missing = ", ".join(name for name, value in sizes.items() if value is None)
         raise ValueError(f"plan: give height, width and num_frames together; missing: {missing}")
-    if steps is None and schedule.needs_steps:
+    if steps is None and method.needs_steps(schedule):
         raise ValueError("plan: this schedule depends on the denoising steps; give steps")
     try:
         grid = host.grid(target, roots[0], height, width, num_frames)
@@ -109,14 +109,14 @@ def plan(
     # Experts share one step axis: each forward runs one root, so one root's sites are the cost of a step.
     layouts: dict[int, Layout] = {}
     for claim in roots[0].claims:
-        layouts[claim.site.layer] = method.layout(grid, claim.site)
+        layouts[claim.site.layer] = method.of(claim.site).layout(grid, claim.site)
     sites = [(claim.site, layouts[claim.site.layer]) for claim in roots[0].claims]
     return dc.replace(
         made,
         grid=grid,
-        density=sum(method.predicted_density(layout, site) for site, layout in sites) / len(sites),
+        density=sum(method.of(site).predicted_density(layout, site) for site, layout in sites) / len(sites),
         cost=attention_cost(method, schedule, sites, steps=steps, batch=batch),
-        state_bytes=sum(_state_bytes(method, layout, site, batch) for site, layout in sites),
+        state_bytes=sum(_state_bytes(method.of(site), layout, site, batch) for site, layout in sites),
     )
 
 
@@ -132,15 +132,15 @@ def make_plan(host: HostAdapter, roots: list[Root], method: Method, schedule: Sc
     for root in roots:
         _check_layers(schedule, root)
         for claim in root.claims:
-            why = list(claim.reasons)
-            missing = sorted(method.requires - claim.site.offers)
+            why, chosen = list(claim.reasons), method.of(claim.site)
+            missing = sorted(chosen.requires - claim.site.offers)
             if missing:
-                why.append(f"{method.key} needs {', '.join(missing)}, which {claim.site.host} does not offer")
-            name, device, dtype = _kernel(host, method, claim) if not why else (None, None, None)
+                why.append(f"{chosen.key} needs {', '.join(missing)}, which {claim.site.host} does not offer")
+            name, device, dtype = _kernel(host, chosen, claim) if not why else (None, None, None)
             if name is None and not why and device is not None and dtype is not None:
                 grid = Grid(t=2, h=8, w=8)
-                layout = method.layout(grid, claim.site)
-                why += kernel_reasons(method, layout, claim.site, dtype, device)
+                layout = chosen.layout(grid, claim.site)
+                why += kernel_reasons(chosen, layout, claim.site, dtype, device)
             if why:
                 skipped[f"{root.name}.{claim.site.name}"] = tuple(why)
                 continue

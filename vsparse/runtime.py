@@ -144,27 +144,27 @@ class Runtime:
             self._fall_back(against)
         # full, not tensor: a fill is launched on the device, a copy from the host would wait for it.
         step = torch.full((), -1 if where.step is None else where.step, device=reading.device)
-        density = torch.full((), self._density(module), dtype=torch.float64, device=reading.device)
         trim = self._trim(reading)
         calls: dict[object, Call] = {}
         bound = []
         for site in self.sites:
             layout = self._layout(reading.grid, site, reading.device)
             static = self._static(layout, site)
-            call = calls.get((layout.key, static))
+            density = self._density(module, site)
+            call = calls.get((layout.key, static, density))
             if call is None:
                 blocking = layout.bind(reading.text_length)
-                call = calls[layout.key, static] = Call(
+                call = calls[layout.key, static, density] = Call(
                     layout=layout,
                     blocking=blocking,
                     static=None if static is None else dc.replace(static, q=blocking, k=blocking),
                     text_length=reading.text_length,
                     step=step,
-                    density=density,
+                    density=torch.full((), density, dtype=torch.float64, device=reading.device),
                     trim=trim,
                 )
             phase: Phase = "dense" if against else self._phase(site, where, branch)
-            bound.append((site, phase, call, site.version(branch)))
+            bound.append((site, phase, call, site.version(_key(site, branch))))
             site.ran = False
         record = _Record(bound)
         record.restore()
@@ -189,12 +189,13 @@ class Runtime:
         elif where.step != last:
             repeats = {}
         repeats[branch] = repeats.get(branch, 0) + 1
-        if self.schedule.needs_steps and not where.advancing and repeats[branch] > 2:
+        if self.method.needs_steps(self.schedule) and not where.advancing and repeats[branch] > 2:
             raise ValueError(
                 f"{self.name}: the scheduler of the patched pipeline does not move between calls; another pipeline or "
                 "loop seems to drive this model. Patch that pipeline, or use patch.generation and patch.step."
             )
-        if self.method.state_phases and where.branch is None and where.step is not None and repeats[branch] > 1:
+        apart = any(site.method.state_phases and not site.method.shares_branches() for site in self.sites)
+        if apart and where.branch is None and where.step is not None and repeats[branch] > 1:
             raise ValueError(
                 f"{self.name}: two calls in step {where.step}, and nothing tells their CFG branches apart; wrap "
                 'each in `with patch.step(i, branch="cond")` or branch="uncond"'
@@ -206,18 +207,19 @@ class Runtime:
         return branch
 
     def _phase(self, site: SparseAttention, where: Where, branch: str) -> Phase:
+        branch = _key(site, branch)
         filled = bool(site.state.version(branch))
         step, layer = where.step, site.site.layer
         phase = self.method.phase(self.schedule, step=step, steps=where.steps, layer=layer, filled=filled)
-        if where.step is not None and phase in self.method.state_phases and site.state.stamp(branch) == where.step:
+        if where.step is not None and phase in site.method.state_phases and site.state.stamp(branch) == where.step:
             # A second evaluation of a step that has already searched: it reads, and never writes.
-            return "dense" if phase in self.method.exact_phases else "reuse"
+            return "dense" if phase in site.method.exact_phases else "reuse"
         return phase
 
-    def _density(self, module: nn.Module) -> float:
+    def _density(self, module: nn.Module, site: SparseAttention) -> float:
         ramp = self.schedule.ramp
         if ramp is None or not module.training:
-            return self.method.call_density()
+            return site.method.call_density()
         if self.tracker.training_step is None:
             raise ValueError("this schedule has a density ramp: call patch.training_step(i) before each training step")
         density = float(ramp(self.tracker.training_step))
@@ -228,7 +230,7 @@ class Runtime:
     def _layout(self, grid: Grid, site: SparseAttention, device: torch.device) -> Layout:
         key = (grid, site.site.layer, device)
         if key not in self._layouts:
-            layout = self.method.layout(grid, site.site)
+            layout = site.method.layout(grid, site.site)
             same = (x for k, x in self._layouts.items() if k[2] == device and x.key == layout.key)
             self._layouts[key] = next(same, None) or layout.to(device)
         return self._layouts[key]
@@ -237,8 +239,8 @@ class Runtime:
         """The static map of a site on its layout's device."""
         device = layout.length.device
         if (layout.key, device, site.site.layer) not in self._maps:
-            sites = [s.site for s in self.sites if self._layout(layout.grid, s, device).key == layout.key]
-            found = static_maps(self.method, layout, sites)
+            sites = [s for s in self.sites if self._layout(layout.grid, s, device).key == layout.key]
+            found = static_maps(sites, layout)
             self._maps |= {(layout.key, device, layer): blocks for layer, blocks in found.items()}
         return self._maps[layout.key, device, site.site.layer]
 
@@ -246,11 +248,13 @@ class Runtime:
         """Why the kernel cannot run these sites, asked once for each layout and dtype."""
         dtype = self._dtype(module, sites[0], reading.device) if sites else None
         found: list[str] = []
-        for layout, site in {self._layout(reading.grid, s, reading.device): s.site for s in sites}.items():
-            key = (layout.key, reading.device, dtype)
+        for (layout, method), site in {
+            (self._layout(reading.grid, s, reading.device), s.method): s.site for s in sites
+        }.items():
+            key = (layout.key, method, reading.device, dtype)
             if key not in self._reasons:
                 assert dtype is not None
-                self._reasons[key] = kernel_reasons(self.method, layout, site, dtype, reading.device)
+                self._reasons[key] = kernel_reasons(method, layout, site, dtype, reading.device)
             found += self._reasons[key]
         return found
 
@@ -307,8 +311,8 @@ class Runtime:
                 self.pairs[site.site.name] = pairs if total is None else total + pairs
             else:
                 self.dense_pairs = self.dense_pairs + dense * site.site.heads
-            if phase in self.method.state_phases:
-                site.state.commit(branch, where.step)
+            if phase in site.method.state_phases:
+                site.state.commit(_key(site, branch), where.step)
 
     # ---- everything else ------------------------------------------------------------------------------------------
 
@@ -340,6 +344,11 @@ class Runtime:
         )
         memo[id(self)] = twin
         return twin
+
+
+def _key(site: SparseAttention, branch: str) -> str:
+    """Under which name a site keeps the state of a CFG branch."""
+    return "shared" if site.method.shares_branches() else branch
 
 
 def _longest(reading: Reading) -> int:

@@ -53,7 +53,17 @@ _TRIALS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "vmoba": ({"frames": 1, "patch": (4, 4), "cube": (5, 4, 4), "top_k": (2, 4, 4)},),
     "sta": ({"tile": (1, 4, 4), "block": 16, "window": (3, 3, 3)},),
     "radial": ({"least": 16, "block": 16},),
+    "svg": ({"density": 0.3, "block": 16, "sink_frames": 0},),
+    "svg2": ({"mass": 0.7, "query_clusters": 20, "key_clusters": 60, "first_iterations": 10},),
+    "attention_tile": ({"global_frames": 1, "block": 16},),
+    "sla": ({"density": 0.25, "block": 16},),
+    "sparge": ({"mass": 0.7, "block": 16},),
+    "xattention": ({"mass": 0.7, "stride": 4, "block": 16},),
+    "draft": ({"density": 0.25, "tile": (1, 4, 4), "block": 16},),
+    "jenga": ({"density": 0.25, "block": 16},),
     "nabla": ({"tile": (1, 4, 4), "block": 16, "window": (3, 1, 1)},),
+    "dsv": (),  # dense until its predictor is trained
+    "by_layer": (),
     "pattern": ({"pattern": "Window(size=(3, 9, 9))", "tile": (1, 4, 4), "block": 16},),
 }
 

@@ -180,6 +180,18 @@ class Method(abc.ABC):
     def build(self, site: Site) -> SparseAttention:
         """The module for a site. Must not draw from the global random generator."""
 
+    def of(self, site: Site) -> Method:
+        """The method that runs at a site: this one, unless it puts others together."""
+        return self
+
+    def needs_steps(self, schedule: Schedule) -> bool:
+        """Whether a phase depends on the denoising step."""
+        return schedule.needs_steps
+
+    def shares_branches(self) -> bool:
+        """Whether the CFG branches have one state: what one has found, the other uses."""
+        return bool(getattr(self, "share_branches", False))
+
     def phase(self, schedule: Schedule, *, step: int | None, steps: int | None, layer: int, filled: bool) -> Phase:
         """The phase of one call: what the schedule says; the arguments are those of `Schedule.phase`."""
         return schedule.phase(step=step, steps=steps, layer=layer, filled=filled)
@@ -235,17 +247,17 @@ class Method(abc.ABC):
         return dc.replace(self, **overrides)
 
 
-def static_maps(method: Method, layout: Layout, sites: Sequence[Site]) -> dict[int, BlockMap | None]:
+def static_maps(sites: Sequence[SparseAttention], layout: Layout) -> dict[int, BlockMap | None]:
     """Static map of each layer of some sites with one layout.
 
-    Sites with equal patterns share one object, and all maps have one capacity: they share their compiled graphs.
+    Sites with equal methods and patterns share one object, and all maps have one capacity: they share their graphs.
     """
-    patterns = {site.layer: method.static_pattern(site) for site in sites}
-    first = {patterns[site.layer]: site for site in reversed(sites)}
-    maps = {pattern: method.static_map(layout, site) for pattern, site in first.items()}
+    kinds = {site.site.layer: (site.method, site.method.static_pattern(site.site)) for site in sites}
+    first = {kinds[site.site.layer]: site for site in reversed(sites)}
+    maps = {kind: site.method.static_map(layout, site.site) for kind, site in first.items()}
     widest = max((blocks.capacity for blocks in maps.values() if blocks is not None), default=0)
-    wide = {pattern: None if blocks is None else blocks.widened(widest) for pattern, blocks in maps.items()}
-    return {layer: wide[pattern] for layer, pattern in patterns.items()}
+    wide = {kind: None if blocks is None else blocks.widened(widest) for kind, blocks in maps.items()}
+    return {layer: wide[kind] for layer, kind in kinds.items()}
 
 
 def predict_density(layout: Layout, density: float) -> float:
