@@ -282,8 +282,9 @@ class Runtime:
     def _phase(self, site: SparseAttention, where: Where, branch: str) -> Phase:
         filled = bool(site.state.version(branch))
         step, layer = where.step, site.site.layer
-        phase = self.method.phase(self.schedule, step=step, steps=where.steps, layer=layer, filled=filled)
-        if where.step is not None and phase in self.method.state_phases and site.state.stamp(branch) == where.step:
+        stamp = site.state.stamp(branch)
+        phase = self.method.phase(self.schedule, step=step, steps=where.steps, layer=layer, filled=filled, stamp=stamp)
+        if where.step is not None and phase in self.method.state_phases and stamp == where.step:
             # A second evaluation of a step that has already searched: it reads, and never writes.
             return "dense" if phase in self.method.exact_phases else "reuse"
         return phase

@@ -1,4 +1,4 @@
-"""Calibration data: what the attention of a pipeline or model is given while it runs as it stands."""
+"""Calibration data: what the attention of a pipeline or model is given, and how its outputs change over the steps."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from vsparse.geometry import Grid
 from vsparse.layouts import Layout, RasterLayout
 from vsparse.methods import Call, Method, Paper, Site, SparseAttention
 from vsparse.methods.samples import Sample
-from vsparse.patch import apply
+from vsparse.methods.unicp import UniCP
+from vsparse.patch import Patch, apply
 from vsparse.schedule import Phase, Schedule
 
-__all__ = ["Recorded", "by_layer", "recording"]
+__all__ = ["Recorded", "by_layer", "changes", "recording"]
 
 Recorded = Mapping[tuple[str, int], Sequence[Sample]]
 
@@ -131,7 +132,16 @@ class _Recording(Method):
         """The host's order."""
         return RasterLayout(grid)
 
-    def phase(self, schedule: Schedule, *, step: int | None, steps: int | None, layer: int, filled: bool) -> Phase:
+    def phase(
+        self,
+        schedule: Schedule,
+        *,
+        step: int | None,
+        steps: int | None,
+        layer: int,
+        filled: bool,
+        stamp: int | None = None,
+    ) -> Phase:
         """What is not recorded runs the host's own attention."""
         return "search" if self.layers is None or layer in self.layers else "dense"
 
@@ -155,3 +165,46 @@ class _RecordingAttention(SparseAttention):
         packed = [blocking.pack(x) for x in (q, k, v)]
         out, _ = ops.block_sparse_attention(packed[0], packed[1], packed[2], BlockMap.full(blocking))
         return blocking.unpack(out), ()
+
+
+@contextlib.contextmanager
+def changes(patch: Patch) -> Iterator[list[dict[int, float]]]:
+    """Gather how far the outputs of each layer change from one computed step to the next.
+
+    Args:
+        patch: A "unicp" patch that computes every step, as the method does by default.
+
+    Yields:
+        For each layer, step -> largest ``sum |O - O'| / sum |O'|`` over all branches, runs and models of the pipeline;
+        it fills while the target runs. The first step of a run, and of each model, has none. Reads each number from
+        the device, and costs one output for each layer and branch while it runs.
+
+    Raises:
+        ValueError: a patch of another method, or one that caches or slices.
+    """
+    method = patch.plan.method
+    if not isinstance(method, UniCP) or method.saves:
+        raise ValueError(f'changes: the patch must be "unicp" with every step computed, got {method}')
+    found: list[dict[int, float]] = [{} for _ in range(max(sparse.site.layers for sparse in patch.sites))]
+    with contextlib.ExitStack() as stack:
+        for sparse in patch.sites:
+            stack.enter_context(_committed(sparse, found[sparse.site.layer]))
+        yield found
+
+
+@contextlib.contextmanager
+def _committed(sparse: SparseAttention, found: dict[int, float]) -> Iterator[None]:
+    state = sparse.state
+    keep = state.commit
+
+    def commit(branch: str, step: int | None) -> None:
+        keep(branch, step)
+        change = state.version(branch).get("change")
+        if change is not None and step is not None and math.isfinite(value := float(change)):
+            found[step] = max(value, found.get(step, 0.0))
+
+    state.commit = commit  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del state.commit

@@ -25,6 +25,7 @@ _OURS = {
     "xattention": ("vsparse.methods.xattention", "XAttention"),
     "draft": ("vsparse.methods.draft", "DraftAttention"),
     "jenga": ("vsparse.methods.jenga", "Jenga"),
+    "unicp": ("vsparse.methods.unicp", "UniCP"),
     "pattern": ("vsparse.methods.pattern", "StaticPattern"),
 }
 
