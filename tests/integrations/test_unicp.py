@@ -234,3 +234,28 @@ def test_changes_refuse_other_patches() -> None:
             changes(patch),
         ):
             pass
+
+
+@pytest.mark.parametrize("inner", ["dense", "sparge"])
+def test_a_recomputation_reads_and_never_writes(inner: str) -> None:
+    """In evaluation mode, where outputs are cached: gradients are those without checkpointing, the cache stays."""
+    model, inputs = rows.build("wan")
+    calls = moving("wan", inputs, 0)
+    found = []
+    with vsparse.apply(model, UniCP(windows=3, ends=0.0, inner=inner)) as patch:
+        for checkpointing in (False, True):
+            (model.enable_gradient_checkpointing if checkpointing else model.disable_gradient_checkpointing)()
+            with patch.generation(STEPS):
+                losses = []
+                for i in (0, 3):
+                    with patch.step(i):
+                        losses.append(model(**calls[i])[0].square().mean())
+                known = [site.state.version("cond") for site in patch.sites]
+                torch.stack(losses).sum().backward()
+                assert [site.state.version("cond") for site in patch.sites] == known
+                assert all(version["output"].numel() for version in known)
+                with patch.step(4):
+                    last = rows.forward(model, calls[4])
+            found.append((rows.gradients(model), last))
+    assert torch.equal(found[0][1], found[1][1])
+    assert all(torch.equal(found[1][0][name], x) for name, x in found[0][0].items())
