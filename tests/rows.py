@@ -116,6 +116,19 @@ _METHODS = {
         everything={"density": 1.0, "block": 16},
         sparse={"density": 0.1, "mass": 0.1, "block": 4},
     ),
+    "unicp": MethodRow(
+        everything={"rank": 16},
+        sparse={"windows": 3, "sliced": (False, False, False, True), "rank": 4, "ends": 0.0},
+    ),
+    "by_layer": MethodRow(
+        everything={"parts": {"0-": ("nabla", {"mass": 1.0, "tile": (1, 2, 3), "block": 4})}},
+        sparse={
+            "parts": {
+                "0": ("vsa", {"density": 0.3, "tile": (2, 4, 4), "block": 16}),
+                "1-": ("nabla", {"mass": 0.3, "window": (1, 1, 1), "tile": (1, 2, 2), "block": 4}),
+            }
+        },
+    ),
     "pattern": MethodRow(
         everything={"block": 16},
         sparse={"pattern": (Window(size=(1, 3, 3)), same_frame & Stride(step=2)), "tile": (1, 2, 2), "block": 4},
@@ -228,20 +241,31 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 @functools.cache
 def phases(method: str) -> dict[str, int]:
-    """Phase -> first step of a run of `STEPS` steps that has it, by the method's published schedule."""
-    kind = vsparse.list_methods()[method]
+    """Phase -> first step of a run of `STEPS` steps that has it, with the sparse options of the method's row and its
+    published schedule."""
+    return first_steps(vsparse.list_methods()[method](**_fields(METHODS[method].sparse)))
+
+
+def _fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != "schedule"}
+
+
+def first_steps(method: vsparse.Method) -> dict[str, int]:
+    """`phases` of a method with any options."""
     first: dict[str, int] = {}
-    filled = False
+    known: dict[str, Any] = {"steps": STEPS, "layer": 10**6, "filled": False, "stamp": None}
     for step in range(STEPS):
-        phase = kind().phase(kind.default_schedule, step=step, steps=STEPS, layer=10**6, filled=filled)
-        filled = filled or phase in kind.state_phases
+        phase = method.phase(method.default_schedule, step=step, **known)
+        if phase in method.state_phases:
+            known |= {"filled": True, "stamp": step}
         first.setdefault(phase, step)
     return first
 
 
-def sparse_phases(method: str) -> list[str]:
+def sparse_phases(method: str, options: Mapping[str, Any] | None = None) -> list[str]:
     """Phases of a method that its own code runs; "dense" for one that has none."""
-    return [phase for phase in phases(method) if phase != "dense"] or ["dense"]
+    first = phases(method) if options is None else first_steps(vsparse.list_methods()[method](**_fields(options)))
+    return [phase for phase in first if phase != "dense"] or ["dense"]
 
 
 def walk(patch: vsparse.Patch, phase: str, call: Callable[[str, int], Any], branches: Iterable[str]) -> list[Any]:
@@ -249,7 +273,7 @@ def walk(patch: vsparse.Patch, phase: str, call: Callable[[str, int], Any], bran
 
     Steps before it run without gradient.
     """
-    known = phases(patch.plan.method.key)
+    known = first_steps(patch.plan.method)
     last = known[phase]
     results: list[Any] = []
     with patch.generation(STEPS):
@@ -294,7 +318,7 @@ def tour(patch: vsparse.Patch, model: nn.Module, values: Mapping[str, Any]) -> l
     """One call of each phase of the method and of each of two branches, of the same input."""
     found = []
     with patch.generation(STEPS):
-        for i, branch in itertools.product(sorted(phases(patch.plan.method.key).values()), ("cond", "uncond")):
+        for i, branch in itertools.product(sorted(first_steps(patch.plan.method).values()), ("cond", "uncond")):
             with patch.step(i, branch=branch):
                 found.append(forward(model, values))
     return found

@@ -32,7 +32,8 @@ def attention_cost(
     """Predict the cost of one generation.
 
     Dense attention is ``4 H N^2 D`` FLOPs; sparse attention computes ``density`` of the pairs on padded slots, so it
-    costs ``4 H S^2 D`` times the density: the padding of ragged tiles counts.
+    costs ``4 H S^2 D`` times the density: the padding of ragged tiles counts. A call that gives a cached output again
+    computes nothing.
 
     Args:
         sites: Each site with its layout. steps: denoising steps; None: one call without a step rule.
@@ -43,13 +44,16 @@ def attention_cost(
     for site, layout in sites:
         unit = 4.0 * batch * site.heads * site.head_dim
         chosen, density = method.of(site), method.of(site).predicted_density(layout, site)
-        filled = False
+        filled, stamp = False, None
         for step in range(rounds):
             known = None if steps is None else step
-            phase = method.phase(schedule, step=known, steps=steps, layer=site.layer, filled=filled)
-            filled = filled or phase in chosen.state_phases
+            phase = method.phase(schedule, step=known, steps=steps, layer=site.layer, filled=filled, stamp=stamp)
+            if phase in chosen.state_phases:
+                filled, stamp = True, known
             full = unit * layout.tokens**2
             dense += full
+            if phase == "output":
+                continue
             extra = 0.0 if phase == "dense" else chosen.search_flops(layout, site, batch, phase)
             exact = phase in chosen.exact_phases
             pairs += full if exact else full * density

@@ -116,12 +116,17 @@ def plan(
         grid=grid,
         density=sum(method.of(site).predicted_density(layout, site) for site, layout in sites) / len(sites),
         cost=attention_cost(method, schedule, sites, steps=steps, batch=batch),
-        state_bytes=sum(_state_bytes(method.of(site), layout, site, batch) for site, layout in sites),
+        state_bytes=sum(
+            _state_bytes(
+                method.of(claim.site), layouts[claim.site.layer], claim.site, batch, host.placement(claim.module)[1]
+            )
+            for claim in roots[0].claims
+        ),
     )
 
 
-def _state_bytes(method: Method, layout: Layout, site: Site, batch: int) -> int:
-    specs = method.state(layout, site, batch).values()
+def _state_bytes(method: Method, layout: Layout, site: Site, batch: int, dtype: torch.dtype) -> int:
+    specs = method.state(layout, site, batch, dtype).values()
     return sum(torch.Size(shape).numel() * torch.empty(0, dtype=dtype).element_size() for shape, dtype in specs)
 
 

@@ -210,8 +210,9 @@ class Runtime:
         branch = _key(site, branch)
         filled = bool(site.state.version(branch))
         step, layer = where.step, site.site.layer
-        phase = self.method.phase(self.schedule, step=step, steps=where.steps, layer=layer, filled=filled)
-        if where.step is not None and phase in site.method.state_phases and site.state.stamp(branch) == where.step:
+        stamp = site.state.stamp(branch)
+        phase = self.method.phase(self.schedule, step=step, steps=where.steps, layer=layer, filled=filled, stamp=stamp)
+        if where.step is not None and phase in site.method.state_phases and stamp == where.step:
             # A second evaluation of a step that has already searched: it reads, and never writes.
             return "dense" if phase in site.method.exact_phases else "reuse"
         return phase

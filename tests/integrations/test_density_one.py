@@ -19,7 +19,7 @@ VARIANTS = {
     "adaspa, even heads": ("adaspa", {"density": 1.0, "block": 32, "head_adaptive": False}),
 }
 KINDS = {key: (key, row.everything) for key, row in rows.METHODS.items() if row.everything is not None} | VARIANTS
-CASES = [(kind, phase) for kind, (method, _) in KINDS.items() for phase in rows.sparse_phases(method)]
+CASES = [(kind, phase) for kind, (method, options) in KINDS.items() for phase in rows.sparse_phases(method, options)]
 MODES = ("one", "batched", "separate")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PRODUCT = rows.product(case=CASES, host=rows.HOSTS, grid=rows.GRIDS, mode=MODES, dtype=DTYPES)

@@ -50,7 +50,8 @@ def test_demo_writes_videos_sheet_and_report_and_gives_the_pipeline_back(tmp_pat
 
 
 def test_every_method_is_tried() -> None:
-    assert {trial.method for trial in demo.trials()} == set(list_methods()) - {"dense"}
+    """Except those that compute everything until something is trained, calibrated or put together."""
+    assert {trial.method for trial in demo.trials()} == set(list_methods()) - {"dense", "dsv", "unicp", "by_layer"}
     with pytest.raises(ValueError, match="unknown method 'nope'"):
         demo.trials(["nope"])
 

@@ -323,7 +323,7 @@ def test_gradients_by_finite_differences(grid: vsparse.Grid, phase: str) -> None
 def test_state_is_as_declared(prepare: Callable[[Tensor], Tensor]) -> None:
     one = driven(ADAPTIVE, TEXT)
     one(*(prepare(x) for x in tensors(TEXT, batch=2)))
-    declared = ADAPTIVE.state(one.layout, one.site, 2)
+    declared = ADAPTIVE.state(one.layout, one.site, 2, torch.float32)
     held = one.module.state.version("default")
     assert {name: (tuple(x.shape), x.dtype) for name, x in held.items()} == dict(declared)
     sizes = [math.prod(shape) * torch.empty(0, dtype=dtype).element_size() for shape, dtype in declared.values()]

@@ -168,7 +168,7 @@ def test_centroids_go_on_from_the_last_step() -> None:
     first = dict(state.version("default"))
     for name, clusters in (("q_centroids", 5), ("k_centroids", 11)):
         assert first[name].shape == (1, HEADS, clusters, DIM)
-        assert METHOD.state(one.layout, one.site, 1)[name][0] == first[name].shape
+        assert METHOD.state(one.layout, one.site, 1, torch.float32)[name][0] == first[name].shape
     one(q + 0.1, k + 0.1, v, phase="refresh")
     second = dict(state.version("default"))
     _, wanted = ops.cluster_tokens(k + 0.1, first["k_centroids"], iterations=METHOD.iterations)

@@ -62,7 +62,9 @@ _TRIALS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "draft": ({"density": 0.25, "tile": (1, 4, 4), "block": 16},),
     "jenga": ({"density": 0.25, "block": 16},),
     "nabla": ({"tile": (1, 4, 4), "block": 16, "window": (3, 1, 1)},),
-    "dsv": (),  # dense until its predictor is trained
+    # They compute everything until something is trained, calibrated or put together.
+    "dsv": (),
+    "unicp": (),
     "by_layer": (),
     "pattern": ({"pattern": "Window(size=(3, 9, 9))", "tile": (1, 4, 4), "block": 16},),
 }

@@ -26,6 +26,7 @@ _OURS = {
     "xattention": ("vsparse.methods.xattention", "XAttention"),
     "draft": ("vsparse.methods.draft", "DraftAttention"),
     "jenga": ("vsparse.methods.jenga", "Jenga"),
+    "unicp": ("vsparse.methods.unicp", "UniCP"),
     "by_layer": ("vsparse.methods.by_layer", "ByLayer"),
     "pattern": ("vsparse.methods.pattern", "StaticPattern"),
 }

@@ -65,7 +65,9 @@ class AdaSpa(Method):
         """Host order in blocks; text starts a block of its own."""
         return RasterLayout(grid, block=self.block)
 
-    def state(self, layout: Layout, site: Site, batch: int) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+    def state(
+        self, layout: Layout, site: Site, batch: int, dtype: torch.dtype
+    ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
         """LSE of every query slot and one bit per block pair."""
         return {
             "lse": ((batch, layout.slots, site.heads), torch.float32),

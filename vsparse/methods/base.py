@@ -192,8 +192,19 @@ class Method(abc.ABC):
         """Whether the CFG branches have one state: what one has found, the other uses."""
         return bool(getattr(self, "share_branches", False))
 
-    def phase(self, schedule: Schedule, *, step: int | None, steps: int | None, layer: int, filled: bool) -> Phase:
-        """The phase of one call: what the schedule says; the arguments are those of `Schedule.phase`."""
+    def phase(
+        self,
+        schedule: Schedule,
+        *,
+        step: int | None,
+        steps: int | None,
+        layer: int,
+        filled: bool,
+        stamp: int | None = None,
+    ) -> Phase:
+        """The phase of one call: what the schedule says; the arguments are those of `Schedule.phase`, and the step of
+        the last call that left state, None when there is none.
+        """
         return schedule.phase(step=step, steps=steps, layer=layer, filled=filled)
 
     def call_density(self) -> float:
@@ -221,8 +232,10 @@ class Method(abc.ABC):
         """Share of token pairs that a sparse call computes, forced text included, for a full text."""
         return predict_density(layout, self.call_density())
 
-    def state(self, layout: Layout, site: Site, batch: int) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of what one branch of a site keeps between calls."""
+    def state(
+        self, layout: Layout, site: Site, batch: int, dtype: torch.dtype
+    ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of what one branch of a site keeps between calls; ``dtype`` is that of its attention."""
         return {}
 
     def search_flops(self, layout: Layout, site: Site, batch: int, phase: Phase) -> float:

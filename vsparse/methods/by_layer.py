@@ -68,10 +68,20 @@ class ByLayer(Method):
         """Whether any part does."""
         return any(part.needs_steps(self._schedule(part, schedule)) for _, part in self.parts)
 
-    def phase(self, schedule: Schedule, *, step: int | None, steps: int | None, layer: int, filled: bool) -> Phase:
+    def phase(
+        self,
+        schedule: Schedule,
+        *,
+        step: int | None,
+        steps: int | None,
+        layer: int,
+        filled: bool,
+        stamp: int | None = None,
+    ) -> Phase:
         """That of the layer's part."""
         part = self._part(layer)
-        return part.phase(self._schedule(part, schedule), step=step, steps=steps, layer=layer, filled=filled)
+        own = self._schedule(part, schedule)
+        return part.phase(own, step=step, steps=steps, layer=layer, filled=filled, stamp=stamp)
 
     def layout(self, grid: Grid, site: Site) -> Layout:
         """That of the site's part."""
@@ -93,9 +103,11 @@ class ByLayer(Method):
         """That of the site's part."""
         return self.of(site).predicted_density(layout, site)
 
-    def state(self, layout: Layout, site: Site, batch: int) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+    def state(
+        self, layout: Layout, site: Site, batch: int, dtype: torch.dtype
+    ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
         """That of the site's part."""
-        return self.of(site).state(layout, site, batch)
+        return self.of(site).state(layout, site, batch, dtype)
 
     def search_flops(self, layout: Layout, site: Site, batch: int, phase: Phase) -> float:
         """That of the site's part."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from vsparse import ops
@@ -20,10 +21,11 @@ class Sample:
     """What one attention call was given, in host order.
 
     Args:
-        grid: The lattice. q, k, v: ``[B, N, H, D]``, N the tokens of the grid. text_length: ``[B]`` or None.
+        grid: The lattice. q, k, v: ``[B, N, H, D]``, N the tokens of the grid, of one dtype on one device.
+        text_length: Valid text tokens ``[B]``; None: all are valid.
 
     Raises:
-        ValueError: shapes that differ from each other or from the grid.
+        ValueError: shapes that differ from each other or from the grid, dtypes or devices that differ.
     """
 
     grid: Grid
@@ -40,13 +42,18 @@ class Sample:
                     f"sample: {name} must be [B, N={self.grid.tokens}, H, D] for {self.grid} and q, k, v alike, "
                     f"got {tuple(x.shape)} beside q {tuple(self.q.shape)}"
                 )
+            if (x.dtype, x.device) != (self.q.dtype, self.q.device):
+                raise ValueError(
+                    f"sample: {name} must be {self.q.dtype} on {self.q.device} like q, got {x.dtype} on {x.device}"
+                )
 
 
 def alike(name: str, samples: Sequence[Sample]) -> Sample:
     """The first of some samples of one site.
 
     Raises:
-        ValueError: there is none, or they differ in grid, heads or head dimension; ``name`` says for whom they are.
+        ValueError: there is none, or they differ in grid, heads, head dimension, dtype or device; ``name`` says for
+            whom they are.
     """
     if not samples:
         raise ValueError(f"{name}: no calibration samples were given")
@@ -56,6 +63,11 @@ def alike(name: str, samples: Sequence[Sample]) -> Sample:
             raise ValueError(
                 f"{name}: calibration samples must be of one shape, got {sample.grid} with [H, D] "
                 f"{tuple(sample.q.shape[2:])} beside {first.grid} with {tuple(first.q.shape[2:])}"
+            )
+        if (sample.q.dtype, sample.q.device) != (first.q.dtype, first.q.device):
+            raise ValueError(
+                f"{name}: calibration samples must be of one dtype on one device, got {sample.q.dtype} on "
+                f"{sample.q.device} beside {first.q.dtype} on {first.q.device}"
             )
     return first
 
@@ -67,6 +79,10 @@ def attended(sample: Sample, blocking: Blocking, blocks: BlockMap | None = None)
 
 
 def distance(found: Tensor, wanted: Tensor) -> Tensor:
-    """``[H]`` float64: relative L1 distance ``sum |found - wanted| / sum |wanted|`` of ``[B, S, H, D]`` by head."""
+    """``[H]`` float64: relative L1 distance ``sum |found - wanted| / sum |wanted|`` of ``[B, S, H, D]`` by head.
+
+    A head that should be 0 everywhere, and is, has distance 0.
+    """
     wide = wanted.double()
-    return (found.double() - wide).abs().sum((0, 1, 3)) / wide.abs().sum((0, 1, 3))
+    size = wide.abs().sum((0, 1, 3)).clamp_min(torch.finfo(torch.float64).tiny)
+    return (found.double() - wide).abs().sum((0, 1, 3)) / size

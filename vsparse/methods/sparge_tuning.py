@@ -11,9 +11,9 @@ from torch import Tensor
 
 from vsparse import ops, reference
 from vsparse.blocks import BlockMap
-from vsparse.geometry import Grid
 from vsparse.layouts import Blocking
 from vsparse.methods.base import Site, check_density
+from vsparse.methods.samples import Sample, alike, attended, distance
 from vsparse.methods.sparge import SpargeAttention, SpargeAttn
 
 __all__ = ["tune"]
@@ -24,8 +24,8 @@ SKIPS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0)
 
 
 @dc.dataclass(frozen=True)
-class _Sample:
-    """Packed calibration data and the exact output."""
+class _Packed:
+    """A sample in block order, and the exact output."""
 
     q: Tensor
     k: Tensor
@@ -33,18 +33,11 @@ class _Sample:
     blocking: Blocking
     exact: Tensor
 
-    def error(self, out: Tensor) -> Tensor:
-        """``[H]``: sum of ``|O - O'|`` over sum of ``|O|``, over the valid tokens of a head."""
-        far, size = ((x.double().abs().sum((0, 1, 3))) for x in (out - self.exact, self.exact))
-        return far / size.clamp_min(torch.finfo(torch.float64).tiny)
-
 
 def tune(
     method: SpargeAttn,
-    grid: Grid,
-    samples: Sequence[tuple[Tensor, Tensor, Tensor]],
+    samples: Sequence[Sample],
     *,
-    text_lengths: Sequence[Tensor] | None = None,
     error: float = 0.05,
     skip_error: float | None = 0.06,
     masses: Sequence[float] = MASSES,
@@ -60,9 +53,7 @@ def tune(
 
     Args:
         method: What is tuned; ``select="mass"``. Its ``block``, ``smooth_keys`` and ``sink`` stay.
-        grid: The lattice of the samples.
-        samples: ``(q, k, v)``, each ``[B, N, H, D]`` in host order, of one site; the same shape, dtype and device.
-        text_lengths: Valid text tokens ``[B]`` of each sample; None: all are valid.
+        samples: Of one site (`vsparse.measure.calibrate.recording`); the same grid, heads, dtype and device.
         error: Bound of the first search. Published: 0.05 for CogVideoX and Mochi, 0.03 for Open-Sora-Plan, 0.07 for
             Stable Diffusion 3.5 and Flux.
         skip_error: Bound of both together, above ``error``: 0.06, 0.035 and 0.08 there. None: no skipping.
@@ -72,7 +63,7 @@ def tune(
         ``mass`` and ``similarity`` (a tuple with a number per head) and ``skip_threshold``, for ``method.replace``.
 
     Raises:
-        ValueError: a bound or candidate out of range; samples that do not fit the grid or each other.
+        ValueError: a bound or candidate out of range; no samples, or samples that do not fit each other.
 
     Differs from the released tuner: a grid of masses instead of bisection, as the error is not monotone in the mass;
     the bound holds in every sample at once, where there the numbers of single inputs are combined; skipping is tuned
@@ -80,10 +71,10 @@ def tune(
     tokens, a head at a time.
     """
     _check(method, error, skip_error, masses, similarities, skips)
-    site = _check_samples(grid, samples, text_lengths)
+    site = _site(alike("tune", samples))
     pairs = [(mass, least) for mass in sorted(masses) for least in sorted(similarities)]
     with torch.no_grad():
-        prepared = _prepare(method, grid, samples, text_lengths, site)
+        prepared = _prepare(method, samples, site)
         found = [_measure(method.replace(mass=m, similarity=s, skip_threshold=None), site, prepared) for m, s in pairs]
         mass, similarity = zip(*(_best(pairs, found, head, error) for head in range(site.heads)), strict=True)
         chosen = method.replace(mass=mass, similarity=similarity, skip_threshold=None)
@@ -100,32 +91,32 @@ def _best(
     return min(allowed, default=(1.0, 0.0, (1.0, 0.0)))[2]
 
 
-def _maps(method: Any, site: Site, samples: Sequence[_Sample]) -> list[BlockMap]:
+def _maps(method: Any, site: Site, samples: Sequence[_Packed]) -> list[BlockMap]:
     module = method.build(site).to(samples[0].q.device)
     assert isinstance(module, SpargeAttention)
     budget = samples[0].q.new_ones((), dtype=torch.float64)
     return [module.choose(x.q, x.k, x.blocking, budget) for x in samples]
 
 
-def _measure(method: Any, site: Site, samples: Sequence[_Sample]) -> tuple[list[float], list[float]]:
+def _measure(method: Any, site: Site, samples: Sequence[_Packed]) -> tuple[list[float], list[float]]:
     """Mean density and worst error of every head."""
     maps = _maps(method, site, samples)
     density = torch.stack([blocks.density().mean(0) for blocks in maps]).mean(0)
     outs = (ops.block_sparse_attention(x.q, x.k, x.v, blocks)[0] for x, blocks in zip(samples, maps, strict=True))
-    off = torch.stack([x.error(out) for x, out in zip(samples, outs, strict=True)]).amax(0)
+    off = torch.stack([distance(out, x.exact) for x, out in zip(samples, outs, strict=True)]).amax(0)
     return density.tolist(), off.tolist()
 
 
-def _skip(method: Any, site: Site, samples: Sequence[_Sample], skips: Sequence[float], bound: float) -> float | None:
+def _skip(method: Any, site: Site, samples: Sequence[_Packed], skips: Sequence[float], bound: float) -> float | None:
     maps = _maps(method, site, samples)
     for threshold in skips:
         outs = (_skipping(x, blocks, threshold) for x, blocks in zip(samples, maps, strict=True))
-        if all(float(x.error(out).max()) < bound for x, out in zip(samples, outs, strict=True)):
+        if all(float(distance(out, x.exact).max()) < bound for x, out in zip(samples, outs, strict=True)):
             return threshold
     return None
 
 
-def _skipping(x: _Sample, blocks: BlockMap, threshold: float) -> Tensor:
+def _skipping(x: _Packed, blocks: BlockMap, threshold: float) -> Tensor:
     if not ops.unsupported(x.q, x.k, x.v, blocks, skip_threshold=threshold):
         return ops.block_sparse_attention(x.q, x.k, x.v, blocks, skip_threshold=threshold)[0]
     heads = []
@@ -137,20 +128,13 @@ def _skipping(x: _Sample, blocks: BlockMap, threshold: float) -> Tensor:
     return torch.cat(heads, 2)
 
 
-def _prepare(
-    method: SpargeAttn,
-    grid: Grid,
-    samples: Sequence[tuple[Tensor, Tensor, Tensor]],
-    text_lengths: Sequence[Tensor] | None,
-    site: Site,
-) -> list[_Sample]:
-    layout = method.layout(grid, site).to(samples[0][0].device)
+def _prepare(method: SpargeAttn, samples: Sequence[Sample], site: Site) -> list[_Packed]:
+    layout = method.layout(samples[0].grid, site).to(samples[0].q.device)
     prepared = []
-    for i, sample in enumerate(samples):
-        blocking = layout.bind(None if text_lengths is None else text_lengths[i].to(layout.length.device))
-        q, k, v = (blocking.pack(x.detach()) for x in sample)
-        exact, _ = ops.block_sparse_attention(q, k, v, BlockMap.full(blocking))
-        prepared.append(_Sample(q, k, v, blocking, exact))
+    for sample in samples:
+        blocking = layout.bind(sample.text_length)
+        q, k, v = (blocking.pack(x.detach()) for x in (sample.q, sample.k, sample.v))
+        prepared.append(_Packed(q, k, v, blocking, attended(sample, blocking)))
     return prepared
 
 
@@ -181,24 +165,8 @@ def _check(
             build(value)
 
 
-def _check_samples(
-    grid: Grid, samples: Sequence[tuple[Tensor, Tensor, Tensor]], text_lengths: Sequence[Tensor] | None
-) -> Site:
-    if not samples:
-        raise ValueError("tune: samples must hold at least one (q, k, v)")
-    if text_lengths is not None and len(text_lengths) != len(samples):
-        raise ValueError(f"tune: {len(text_lengths)} text_lengths for {len(samples)} samples")
-    first = samples[0][0]
-    if first.ndim != 4 or first.shape[1] != grid.tokens:
-        raise ValueError(f"tune: q must be [B, N={grid.tokens}, H, D] for {grid}, got {tuple(first.shape)}")
-    for i, sample in enumerate(samples):
-        for name, x in zip("qkv", sample, strict=True):
-            if (x.shape, x.dtype, x.device) != (first.shape, first.dtype, first.device):
-                raise ValueError(
-                    f"tune: {name} of sample {i} must be {first.dtype} {tuple(first.shape)} on {first.device} like the "
-                    f"first q, got {x.dtype} {tuple(x.shape)} on {x.device}"
-                )
-    heads, head_dim = first.shape[2:]
+def _site(sample: Sample) -> Site:
+    heads, head_dim = sample.q.shape[2:]
     return Site(
         root="",
         name="calibration",

@@ -73,9 +73,18 @@ class SVG2(Method):
         """Clusters, of queries and of keys."""
         return ClusterLayout(grid, clusters=self.key_clusters, query_clusters=self.query_clusters)
 
-    def phase(self, schedule: Schedule, *, step: int | None, steps: int | None, layer: int, filled: bool) -> Phase:
+    def phase(
+        self,
+        schedule: Schedule,
+        *,
+        step: int | None,
+        steps: int | None,
+        layer: int,
+        filled: bool,
+        stamp: int | None = None,
+    ) -> Phase:
         """A search that finds centroids of the same generation goes on from them: a refresh."""
-        found = super().phase(schedule, step=step, steps=steps, layer=layer, filled=filled)
+        found = super().phase(schedule, step=step, steps=steps, layer=layer, filled=filled, stamp=stamp)
         return "refresh" if found == "search" and filled and step is not None else found
 
     def predicted_density(self, layout: Layout, site: Site) -> float:
@@ -85,7 +94,9 @@ class SVG2(Method):
         video, text = grid.video, grid.text
         return (video * (video * share + text) + text * (video + text)) / (video + text) ** 2
 
-    def state(self, layout: Layout, site: Site, batch: int) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+    def state(
+        self, layout: Layout, site: Site, batch: int, dtype: torch.dtype
+    ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
         """The centroids of both sides."""
         sizes = {"q_centroids": self.query_clusters, "k_centroids": self.key_clusters}
         video = layout.grid.video
