@@ -52,7 +52,7 @@ lint: $(STAMP) ## ruff and mypy
 bench: $(STAMP) ## time block-sparse attention against dense attention on this machine
 	@$(BIN)/python scripts/bench_cpu.py
 
-compare: $(STAMP) ## recall of attention mass against density, every method beside random blocks; writes out/compare
+compare: $(STAMP) ## what each method's maps catch at which density, and the cost of choosing; writes out/compare
 	@$(BIN)/python scripts/compare_methods.py
 
 bench-gpu: $(STAMP) ## the same on a GPU, correctness first (under ten minutes); writes out/bench

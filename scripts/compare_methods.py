@@ -1,4 +1,8 @@
-"""Recall of attention mass against density, every method beside random blocks: `make compare`; writes out/compare/."""
+"""Compare the methods: `make compare`; writes out/compare/.
+
+Recall of attention mass against density, every method beside random blocks; and on this machine the time of choosing a
+map, as a share of the attention that is left.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from rich.progress import Progress
 
 from vsparse.measure import recall_report
 from vsparse.measure.compare import compare, embedded_samples, structured_sets, sweeps
+from vsparse.measure.selection import GRID, selection_cost, selection_summary, selection_table
 from vsparse.measure.video import check_folder
 
 NOTE = (
@@ -36,11 +41,21 @@ def main() -> None:
     for name, points in found.items():
         console.print(recall_report.recall_table(name, points))
     command = ["python", "scripts/compare_methods.py", "--seed", str(given.seed)]
-    recall_report.write_text(folder / "recall.json", recall_report.as_json(recall_report.report(found, command)))
+    with console.status("timing the choice of maps"):
+        costs = selection_cost()
+    console.print(selection_table(costs))
+    report = recall_report.report(found, command)
+    shape = {"slots": GRID.tokens, "heads": 4, "head_dim": 64, "dtype": "float32"}
+    choice = {**shape, "lines": selection_summary(costs)}
+    recall_report.write_text(folder / "recall.json", recall_report.as_json({**report, "selection": choice}))
     recall_report.write_text(folder / "recall.md", recall_report.markdown(found))
     recall_report.plot(folder / "recall.png", found, title="How much attention a map catches", note=NOTE)
     if given.record:
         recall_report.record(given.record, "recall", recall_report.summary(found, command))
+        where = report["environment"]
+        taken = {"command": report["command"], "date": where["date"], "torch": where["packages"]["torch"]}
+        machine = {"cpu": where["cpu"], "threads": where["threads"]}
+        recall_report.record(given.record, "selection", {**taken, **machine, **choice})
     console.print(f"recall.json, recall.md and recall.png are in {folder}/")
 
 

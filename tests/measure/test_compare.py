@@ -15,9 +15,11 @@ from torch import Tensor
 from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid
+from vsparse.layouts import Blocking
 from vsparse.measure import recall_report
 from vsparse.measure.compare import Point, Sweep, compare, embedded_samples, recall_at, sweeps
 from vsparse.measure.recall import driven, kept_by, key_mass, random_like
+from vsparse.measure.selection import selection_cost, selection_summary, selection_table
 from vsparse.measure.synthetic import HEADS, structured_sample
 from vsparse.methods import Method, get_method, list_methods
 
@@ -156,6 +158,16 @@ def test_embedded_samples_are_those_of_every_layer() -> None:
     assert {sample.grid for sample in samples} == {Grid(t=5, h=16, w=16)}
     point = compare(samples[:1], [dc.replace(LINES["vsa"], values=(0.2,))])[0]
     assert point.recall > 2 * point.random
+
+
+def test_selection_cost_takes_its_clocks_away() -> None:
+    stock = ops.block_sparse_attention, Blocking.pack
+    costs = selection_cost(grid=Grid(t=4, h=16, w=16), heads=1, width=16, density=0.3, rounds=1)
+    assert (ops.block_sparse_attention, Blocking.pack) == stock
+    assert all(cost.select > 0 < cost.attend for cost in costs)
+    assert {cost.line: cost.density for cost in costs}["sla"] == pytest.approx(0.3, abs=0.07)
+    assert set(selection_summary(costs)) == {cost.line for cost in costs}
+    selection_table(costs)
 
 
 def test_what_is_written(tmp_path: Path) -> None:
