@@ -153,7 +153,7 @@ def test_structured_samples_repeat_and_leave_the_generator() -> None:
 
 
 def test_embedded_samples_are_those_of_every_layer() -> None:
-    samples = embedded_samples()
+    samples = embedded_samples(steps=2)
     assert len(samples) > 1
     assert {sample.grid for sample in samples} == {Grid(t=5, h=16, w=16)}
     point = compare(samples[:1], [dc.replace(LINES["vsa"], values=(0.2,))])[0]

@@ -174,8 +174,9 @@ def structured_sets(seed: int = 0) -> dict[str, list[Sample]]:
     }
 
 
-def embedded_samples(*, step: int = EMBEDDED.steps // 2, seed: int = 0) -> list[Sample]:
-    """q, k and v of every attention layer of the embedded model, in the conditional branch of one denoising step."""
+def embedded_samples(*, steps: int = EMBEDDED.steps, seed: int = 0) -> list[Sample]:
+    """q, k and v of every attention layer of the embedded model, in the conditional branch of the middle step."""
+    step, clip = steps // 2, dc.replace(EMBEDDED, steps=steps)
     pipe = embedded_pipeline()
     pipe.set_progress_bar_config(disable=True)
     found: dict[int, Sample] = {}
@@ -188,7 +189,7 @@ def embedded_samples(*, step: int = EMBEDDED.steps // 2, seed: int = 0) -> list[
                 found[module.site.layer] = Sample(grid=module.call.grid, q=q, k=k, v=v)
 
         handles = [site.register_forward_pre_hook(look) for site in patch.sites]
-        generate(pipe, prompt=PROMPT, seed=seed, **dc.asdict(EMBEDDED))
+        generate(pipe, prompt=PROMPT, seed=seed, **dc.asdict(clip))
         for handle in handles:
             handle.remove()
     return [found[layer] for layer in sorted(found)]

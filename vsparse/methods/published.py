@@ -60,7 +60,7 @@ _SETTINGS: Mapping[str, Mapping[str, Setting]] = {
         ),
     },
     "svg2": {
-        _LARGE: Setting(options={"query_clusters": 300, "key_clusters": 1000}, note="720p"),
+        _LARGE: Setting(options={"query_clusters": 300, "key_clusters": 1000}, note="scripts, 720p"),
         _HUNYUAN: Setting(
             options={"query_clusters": 400, "key_clusters": 1000}, schedule=Schedule(dense_steps=0.1, dense_layers=1)
         ),
