@@ -19,7 +19,7 @@ TORCH_INDEX_URL ?=
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-floor lint bench gate bench-gpu tune-gpu clean
+.PHONY: help demo test test-all test-floor lint bench compare gate bench-gpu tune-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ lint: $(STAMP) ## ruff and mypy
 
 bench: $(STAMP) ## time block-sparse attention against dense attention on this machine
 	@$(BIN)/python scripts/bench_cpu.py
+
+compare: $(STAMP) ## what each method's maps catch at which density, and the cost of choosing; writes out/compare
+	@$(BIN)/python scripts/compare_methods.py
 
 bench-gpu: $(STAMP) ## the same on a GPU, correctness first (under ten minutes); writes out/bench
 	@$(BIN)/python scripts/bench_kernels.py

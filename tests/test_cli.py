@@ -14,8 +14,9 @@ from typer.testing import CliRunner, Result
 
 from vsparse import cli
 from vsparse.measure import drawing
+from vsparse.measure.facts import facts
 from vsparse.measure.video import read_video
-from vsparse.methods import list_methods
+from vsparse.methods import get_method, list_methods
 
 COMMANDS = ("demo", "generate", "plan", "methods", "doctor", "draw")
 MODEL = ["plan", "WanTransformer3DModel"]
@@ -77,6 +78,15 @@ def test_methods_lists_the_registry() -> None:
     assert all(key in found for key in list_methods())
     assert "2505.13389" in found
     assert "density = 0.125" in found
+
+
+@pytest.mark.parametrize("key", list_methods())
+def test_methods_tells_one_whole(key: str) -> None:
+    found = text(run("methods", key))
+    known = facts(key, get_method(key))
+    words = [known.summary, known.arguments, known.notes, known.advice, known.source, known.link, known.cost]
+    words += [*(f"{name} = {value}" for name, value in known.options.items()), *known.published.values()]
+    assert [word for word in words if " ".join(word.split()) not in found] == []
 
 
 def test_doctor_says_what_runs_and_why_not() -> None:
@@ -151,6 +161,7 @@ def test_draw_writes_a_layout_and_a_map(tmp_path: Path, monkeypatch: pytest.Monk
         (["draw", "-m", "dense", "--grid", "2x8x8"], "no sparse call"),
         (["draw", "-o", "map.jpg"], "must end in .png"),
         (["demo", "--methods", "vsa,nope"], "unknown method 'nope'"),
+        (["methods", "nope"], "unknown method 'nope'"),
         (["generate", "nowhere", "-p", "x", "-o", "/proc/nothing/a.mp4"], "cannot write into the folder"),
         (["generate", "nowhere", "-p", "x", "-o", "a.gif"], "must end in .mp4"),
     ],

@@ -312,12 +312,21 @@ def plan(
 
 @app.command(rich_help_panel=INSIDE)
 @plainly
-def methods() -> None:
-    """List the methods: where they come from, whether they need training, their options and defaults."""
-    from vsparse.measure import tables
-    from vsparse.methods import list_methods
+def methods(
+    key: Annotated[str | None, typer.Argument(metavar="KEY", help="One method, whole.", show_default=False)] = None,
+) -> None:
+    """List the methods, or tell everything of one: what it does, when to use it, options, published settings, cost.
 
-    console.print(tables.methods_table(list_methods()))
+    `vsparse methods` and then, say, `vsparse methods adaspa`
+    """
+    from vsparse.measure import tables
+    from vsparse.methods import get_method, list_methods
+
+    if key is None:
+        console.print(tables.methods_table(list_methods()))
+        return
+    for part in tables.method_pages(key, get_method(key)):
+        console.print(part, highlight=False)
 
 
 @app.command(rich_help_panel=INSIDE)

@@ -62,10 +62,6 @@ _TRIALS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "draft": ({"density": 0.25, "tile": (1, 4, 4), "block": 16},),
     "jenga": ({"density": 0.25, "block": 16},),
     "nabla": ({"tile": (1, 4, 4), "block": 16, "window": (3, 1, 1)},),
-    # They compute everything until something is trained, calibrated or put together.
-    "dsv": (),
-    "unicp": (),
-    "by_layer": (),
     "pattern": ({"pattern": "Window(size=(3, 9, 9))", "tile": (1, 4, 4), "block": 16},),
 }
 
@@ -90,12 +86,12 @@ class Run:
 
 
 def trials(methods: Sequence[str] | None = None) -> list[Trial]:
-    """What the demo tries: every registered method, or those named, each with its options.
+    """What the demo tries: every registered method that leaves pairs out as it stands, or those named, with options.
 
     Raises:
         ValueError: a method that does not exist.
     """
-    keys = [key for key in list_methods() if key != "dense"] if methods is None else list(methods)
+    keys = [key for key, kind in list_methods().items() if kind.chooses] if methods is None else list(methods)
     found = []
     for key in keys:
         get_method(key)
@@ -210,11 +206,21 @@ def environment() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "packages": packages,
     }
+
+
+def _cpu() -> str:
+    """Name of the processor, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def _write_report(path: Path, pipe: Any, clip: Clip, prompt: str, seed: int, runs: Sequence[Run]) -> None:

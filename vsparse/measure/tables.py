@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses as dc
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vsparse.measure import doctor
+from vsparse.measure.facts import LETTERS, facts
 from vsparse.optional import require
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vsparse.methods import Method
     from vsparse.planning import Plan
 
-__all__ = ["demo_table", "methods_table", "ops_table", "packages_table", "plan_table", "stats_table"]
+__all__ = ["demo_table", "method_pages", "methods_table", "ops_table", "packages_table", "plan_table", "stats_table"]
 
 NONE = "\u2013"
 
@@ -85,24 +85,46 @@ def plan_table(made: Plan, target: str) -> Any:
 
 def methods_table(methods: Mapping[str, type[Method]]) -> Any:
     """The registry."""
-    table = _table("", "key", "paper", "use", "options", "schedule")
-    table.columns[3].no_wrap, table.show_lines = True, True
+    table = _table("", "key", "source and use", "options", "schedule", "when")
+    table.show_lines = True
     for key, method in methods.items():
-        paper, schedule = method.paper, method.default_schedule
-        options = [f"{f.name} = {f.default!r}" for f in dc.fields(method)]
-        values = [(f.name, getattr(schedule, f.name), f.default) for f in dc.fields(schedule)]
-        told = [f"{name} = {value!r}" for name, value, default in values if value != default]
-        needs = [f"needs {name}" for name in sorted(method.requires)]
+        known = facts(key, method)
+        source = f"{known.source}\narXiv {method.paper.arxiv}" if known.link else known.source
+        needs = "" if known.needs == "nothing" else f"\nneeds {known.needs}"
         table.add_row(
             f"[bold]{key}[/bold]",
-            f"{paper.title}\narXiv {paper.arxiv}" if paper.arxiv else paper.title,
-            "\n".join(["trained" if paper.trained else "training-free", *needs]),
-            "\n".join(options) or "none",
-            "\n".join(told) or "always sparse",
+            f"{source}\n{known.use}{needs}",
+            "\n".join(f"{name} = {value}" for name, value in known.options.items()) or "none",
+            known.schedule.replace("=", " = ").replace(", search", "\nsearch").replace(", dense", "\ndense"),
+            known.advice or NONE,
         )
-    table.caption = "options and schedule: with their defaults, as published"
+    table.columns[0].no_wrap = True
+    table.caption = "options and schedule: with their defaults, as published. More of one method: vsparse methods KEY"
     table.caption_justify = "left"
     return table
+
+
+def method_pages(key: str, method: type[Method]) -> list[Any]:
+    """One method whole: what it does, its facts, its options, its settings on models, and what differs."""
+    known = facts(key, method)
+    text = require("rich.text", "cli").Text
+    table = _table()
+    rows = {
+        "when": known.advice,
+        "use": known.use,
+        "source": f"{known.source} {known.link}".strip(),
+        "options and defaults": "\n".join(f"{name} = {value}" for name, value in known.options.items()) or "none",
+        "default schedule": known.schedule,
+        "needs of a site": known.needs,
+        "cost of a search": known.cost if known.cost.startswith("none") else f"{known.cost} FLOPs\n{LETTERS}",
+        **{f"published, {model}": words or "not published" for model, words in known.published.items()},
+    }
+    for name, words in rows.items():
+        table.add_row(name, text(words or NONE))
+    parts = [text(known.summary), "", table]
+    if known.arguments:
+        parts += ["", text("Options", style="bold"), text(known.arguments)]
+    return [*parts, "", text(known.notes)] if known.notes else parts
 
 
 def packages_table(packages: Sequence[doctor.Package]) -> Any:

@@ -24,6 +24,10 @@ __all__ = ["AdaSpa", "AdaSpaAttention", "head_densities"]
 class AdaSpa(Method):
     """AdaSpa (arXiv 2502.21079, sections 4.1-4.3): training-free, precise online search.
 
+    At a few steps the exact share of the softmax that falls on each pair of blocks is computed, and every query block
+    keeps its best key blocks until the next search. Heads whose blocks catch much give budget to heads that catch
+    little.
+
     Args:
         density: Share of the video key blocks that a query block keeps on average. Published sparsity 0.8.
         block: Slots of a block.
@@ -41,6 +45,11 @@ class AdaSpa(Method):
 
     key: ClassVar[str] = "adaspa"
     paper: ClassVar[Paper] = Paper(title="AdaSpa: adaptive sparse attention", arxiv="2502.21079", trained=False)
+    search_cost: ClassVar[str] = "2 B H D N^2"
+    advice: ClassVar[str] = (
+        "No training, many steps (about 50), and maps that move little between them: its two exact "
+        "searches pay off then."
+    )
     default_schedule: ClassVar[Schedule] = Schedule(dense_steps=0.2, search_at=(0.2, 0.6))
     state_phases: ClassVar[frozenset[str]] = frozenset({"search", "refresh"})
     exact_phases: ClassVar[frozenset[str]] = frozenset({"dense", "search"})

@@ -55,6 +55,9 @@ class AttentionTile(StaticMethod):
 
     key: ClassVar[str] = "attention_tile"
     paper: ClassVar[Paper] = Paper(title="Efficient-vDiT: attention tile", arxiv="2502.06155", trained=True)
+    advice: ClassVar[str] = (
+        "You can distil: linear in the frames, and a fixed map that a calibration run chooses layer by layer."
+    )
 
     global_frames: int | tuple[int, ...] = 3
     block: int = 64

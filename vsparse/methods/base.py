@@ -163,6 +163,10 @@ class Method(abc.ABC):
         key: Registry name. default_schedule: the published schedule. requires: what a site must offer.
         paper: Source. state_phases: phases that leave something for later calls (empty: stateless).
         exact_phases: phases whose output is full attention.
+        search_cost: `search_flops` with the default options as a formula of B, H, D, N (tokens), V (video tokens), S
+            (slots), K (video tiles or key clusters), Q (query clusters), P (density of the static map) and options.
+        advice: when to use it, in one sentence. chooses: whether it leaves pairs out as it stands; False: it computes
+            everything until something is trained, calibrated or put together.
     """
 
     key: ClassVar[str]
@@ -171,6 +175,9 @@ class Method(abc.ABC):
     requires: ClassVar[frozenset[str]] = frozenset()
     state_phases: ClassVar[frozenset[str]] = frozenset()
     exact_phases: ClassVar[frozenset[str]] = frozenset({"dense"})
+    search_cost: ClassVar[str] = "0"
+    advice: ClassVar[str] = ""
+    chooses: ClassVar[bool] = True
 
     @abc.abstractmethod
     def layout(self, grid: Grid, site: Site) -> Layout:

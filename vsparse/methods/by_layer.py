@@ -35,6 +35,10 @@ class ByLayer(Method):
 
     key: ClassVar[str] = "by_layer"
     paper: ClassVar[Paper] = Paper(title="a method for each range of layers", arxiv="", trained=False)
+    advice: ClassVar[str] = (
+        "Layers differ: early ones that want more, or a trained method on some and a pattern on others."
+    )
+    chooses: ClassVar[bool] = False
 
     parts: tuple[tuple[str, Method], ...] = ()
 

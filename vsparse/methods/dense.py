@@ -23,6 +23,10 @@ class Dense(Method):
 
     key: ClassVar[str] = "dense"
     paper: ClassVar[Paper] = Paper(title="full attention, padded text trimmed", arxiv="", trained=False)
+    advice: ClassVar[str] = (
+        "To take the mask of padded text out of HunyuanVideo at batch 1, and as the reference beside the others."
+    )
+    chooses: ClassVar[bool] = False
     default_schedule: ClassVar[Schedule] = Schedule(dense_steps=1.0)
 
     def layout(self, grid: Grid, site: Site) -> Layout:

@@ -41,6 +41,10 @@ class DraftAttention(Method):
 
     key: ClassVar[str] = "draft"
     paper: ClassVar[Paper] = Paper(title="DraftAttention: low-resolution guidance", arxiv="2505.14708", trained=False)
+    search_cost: ClassVar[str] = "B H D (2 N + 2 K^2)"
+    advice: ClassVar[str] = (
+        "No training, and heads or rows of very unequal need: the budget is shared over the whole head."
+    )
 
     density: float = 0.1
     tile: tuple[int, int, int] = (1, 8, 16)

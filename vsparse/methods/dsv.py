@@ -59,6 +59,11 @@ class DSV(Method):
 
     key: ClassVar[str] = "dsv"
     paper: ClassVar[Paper] = Paper(title="DSV: dynamic sparsity in video training", arxiv="2502.07590", trained=True)
+    search_cost: ClassVar[str] = "2 B H rank (2 V H D + K^2)"
+    advice: ClassVar[str] = (
+        "You train or fine-tune for long: the predictor learns beside the model and pays off after it."
+    )
+    chooses: ClassVar[bool] = False
     requires: ClassVar[frozenset[str]] = frozenset({"hidden"})
 
     density: float = 0.2

@@ -51,6 +51,10 @@ class Jenga(Method):
 
     key: ClassVar[str] = "jenga"
     paper: ClassVar[Paper] = Paper(title="Jenga: attention carving", arxiv="2505.16864", trained=False)
+    search_cost: ClassVar[str] = "B H D (2 N + 2 K^2)"
+    advice: ClassVar[str] = (
+        "No training, and motion across frames: blocks are compact in space and time, and their neighbours always stay."
+    )
     default_schedule: ClassVar[Schedule] = Schedule(dense_steps=0.1)
 
     density: float = 0.25

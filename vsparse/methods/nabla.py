@@ -40,6 +40,10 @@ class NABLA(Method):
 
     key: ClassVar[str] = "nabla"
     paper: ClassVar[Paper] = Paper(title="NABLA: neighborhood adaptive", arxiv="2507.13546", trained=False)
+    search_cost: ClassVar[str] = "B H D (2 N + 2 K^2)"
+    advice: ClassVar[str] = (
+        "The budget should follow the data, row by row, with a neighbourhood that is never left out."
+    )
 
     mass: float = 0.4
     window: tuple[int, int, int] | None = (11, 3, 3)

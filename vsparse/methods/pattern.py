@@ -67,6 +67,10 @@ class StaticPattern(StaticMethod):
 
     key: ClassVar[str] = "pattern"
     paper: ClassVar[Paper] = Paper(title="a static pattern of your own", arxiv="", trained=False)
+    advice: ClassVar[str] = (
+        "You know which positions matter, or want to try a static pattern of the literature: "
+        "`vsparse.patterns.presets`."
+    )
 
     pattern: Pattern | str | tuple[Pattern | str, ...] = everything
     by: Literal["head", "layer"] = "head"

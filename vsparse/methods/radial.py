@@ -61,6 +61,10 @@ class Radial(StaticMethod):
 
     key: ClassVar[str] = "radial"
     paper: ClassVar[Paper] = Paper(title="Radial attention", arxiv="2506.19852", trained=False)
+    advice: ClassVar[str] = (
+        "Long videos: the pairs grow as n log n with the frames, without a search; for longer ones its "
+        "authors train a LoRA."
+    )
     default_schedule: ClassVar[Schedule] = Schedule(dense_steps=0.24, dense_layers=1)
 
     decay_factor: float = 0.2

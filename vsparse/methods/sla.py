@@ -48,6 +48,10 @@ class SLA(Method):
 
     key: ClassVar[str] = "sla"
     paper: ClassVar[Paper] = Paper(title="SLA: sparse-linear attention", arxiv="2509.24006", trained=True)
+    search_cost: ClassVar[str] = "B H D (2 N + 2 K^2 + 4 V D)"
+    advice: ClassVar[str] = (
+        "You can fine-tune and want very few blocks: the linear branch carries what the few exact blocks leave out."
+    )
 
     density: float = 0.15
     linear: Literal["all", "marginal"] = "all"

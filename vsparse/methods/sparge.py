@@ -55,6 +55,10 @@ class SpargeAttn(Method):
 
     key: ClassVar[str] = "sparge"
     paper: ClassVar[Paper] = Paper(title="SpargeAttn", arxiv="2502.18137", trained=False)
+    search_cost: ClassVar[str] = "B H D (8 N + 2 K^2)"
+    advice: ClassVar[str] = (
+        "No training, any model, and caution before speed: what the means cannot judge is computed in full."
+    )
 
     select: Literal["mass", "density"] = "mass"
     mass: PerHead = 0.98

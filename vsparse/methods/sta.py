@@ -39,6 +39,10 @@ class STA(StaticMethod):
 
     key: ClassVar[str] = "sta"
     paper: ClassVar[Paper] = Paper(title="STA: sliding tile attention", arxiv="2502.04507", trained=False)
+    advice: ClassVar[str] = (
+        "Attention that is local in space and time, a fixed cost known beforehand, and equal rows; best "
+        "after fine-tuning."
+    )
     default_schedule: ClassVar[Schedule] = Schedule(dense_steps=0.3)
 
     window: TileWindow | tuple[TileWindow, ...] = (5, 5, 5)

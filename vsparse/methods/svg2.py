@@ -49,6 +49,10 @@ class SVG2(Method):
 
     key: ClassVar[str] = "svg2"
     paper: ClassVar[Paper] = Paper(title="SVG2: Sparse VideoGen2", arxiv="2505.18875", trained=False)
+    search_cost: ClassVar[str] = "2 B H D (2 V (Q + K) iterations + Q K)"
+    advice: ClassVar[str] = (
+        "No training, and what belongs together is scattered over the video; wants a kernel that gathers ragged blocks."
+    )
     default_schedule: ClassVar[Schedule] = Schedule(dense_steps=0.2, dense_layers=1)
     state_phases: ClassVar[frozenset[str]] = frozenset({"search", "refresh"})
 

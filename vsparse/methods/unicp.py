@@ -57,6 +57,8 @@ class UniCP(Method):
 
     key: ClassVar[str] = "unicp"
     paper: ClassVar[Paper] = Paper(title="inspired by UniCP, no parity claimed", arxiv="2502.04393", trained=False)
+    advice: ClassVar[str] = "Outputs hardly change over the middle steps, and a calibration run can say by how much."
+    chooses: ClassVar[bool] = False
     state_phases: ClassVar[frozenset[str]] = frozenset({"search", "refresh"})
 
     windows: Windows = 1

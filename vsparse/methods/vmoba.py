@@ -48,6 +48,10 @@ class VMoBA(Method):
 
     key: ClassVar[str] = "vmoba"
     paper: ClassVar[Paper] = Paper(title="VMoBA: video mixture of block attention", arxiv="2506.23858", trained=True)
+    search_cost: ClassVar[str] = "B H D V (1 + 2 K)"
+    advice: ClassVar[str] = (
+        "Long videos, trained or not: every token chooses for itself; its authors report break-even near 33 000 tokens."
+    )
     default_schedule: ClassVar[Schedule] = Schedule(dense_steps=0.25)
 
     frames: int = 3

@@ -24,6 +24,9 @@ __all__ = ["VSA", "VideoSparseAttention", "density_ramp"]
 class VSA(Method):
     """Video Sparse Attention (arXiv 2505.13389, sections 3.1-3.3).
 
+    Queries and keys are averaged over tiles of the video, and every query tile attends exactly to the key tiles whose
+    means fit its own best. Attention between the means, a coarse output, is added through a trained gate.
+
     Args:
         density: Share of the video tiles that every query tile keeps: ``max(1, ceil(density * tiles))``. Default 1/8
             (32 tiles at 16K tokens). FastWan uses 0.2 (1.3B, 5B) and 0.1 (14B).
@@ -37,6 +40,10 @@ class VSA(Method):
 
     key: ClassVar[str] = "vsa"
     paper: ClassVar[Paper] = Paper(title="VSA: video sparse attention", arxiv="2505.13389", trained=True)
+    search_cost: ClassVar[str] = "B H D (3 N + 4 K^2)"
+    advice: ClassVar[str] = (
+        "You can fine-tune, or have FastWan's weights; without training it is plain top-k by pooled scores."
+    )
     requires: ClassVar[frozenset[str]] = frozenset({"hidden"})
 
     density: float = 0.125

@@ -48,6 +48,11 @@ class XAttention(Method):
 
     key: ClassVar[str] = "xattention"
     paper: ClassVar[Paper] = Paper(title="XAttention: antidiagonal scoring", arxiv="2503.16428", trained=False)
+    search_cost: ClassVar[str] = "2 B H D S^2 / stride"
+    advice: ClassVar[str] = (
+        "Means hide what matters (thin stripes, single tokens): it samples logits instead, for 1 / "
+        "stride of their cost."
+    )
     default_schedule: ClassVar[Schedule] = Schedule(dense_steps=0.1)
 
     mass: float = 0.9
