@@ -171,8 +171,8 @@ what the papers or the released code say of these models.
 
 
 def methods_table() -> str:
-    rows = [[f"`{key}`", source(known), known.use, options(known)] for key, known in ours().items()]
-    return table(["key", "method", "use", "options and defaults"], rows)
+    rows = [[f"`{key}`", source(known), known.use, known.advice] for key, known in ours().items()]
+    return table(["key", "method", "use", "when"], rows)
 
 
 def hosts_table() -> str:
