@@ -28,6 +28,8 @@ help: ## this list
 	@echo "  TORCH_INDEX_URL=<url>    where to look for torch as well. On Linux the usual torch wheel carries CUDA and is"
 	@echo "                           large; without an NVIDIA GPU, give the index of PyTorch's CPU wheels here."
 
+# Threads that spin while they wait make minutes of seconds when anything else runs on the machine.
+demo: export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(STAMP) ## generate the same clip dense and sparse with a tiny model; writes out/
 	@$(BIN)/vsparse demo
 

@@ -60,6 +60,15 @@ def test_contact_sheet_shows_runs_facts_frames_and_differences(tmp_path: Path, d
     assert float(shown.max()) == pytest.approx(sheet.GAIN * 0.05)
 
 
+def test_many_runs_stand_in_columns_with_the_reference_at_the_head(tmp_path: Path, drawn: list[Any]) -> None:
+    rows = [sheet.SheetRow(name=f"run {i}", facts=[], frames=frames()) for i in range(2 * sheet.LONGEST)]
+    sheet.contact_sheet(tmp_path / "sheet.png", rows, title="", columns=2)
+    found = words(drawn[0])
+    assert found.count("run 0") == found.count("frame 9") == 2
+    assert all(found.count(row.name) == 1 for row in rows[1:])
+    assert len({round(axis.get_position().x0, 4) for axis in drawn[0].axes}) == 2 * 2
+
+
 def test_contact_sheet_refuses_rows_that_do_not_fit(tmp_path: Path) -> None:
     rows = [sheet.SheetRow(name=str(n), facts=[], frames=frames()[:n]) for n in (9, 8)]
     with pytest.raises(ValueError, match="8: frames"):

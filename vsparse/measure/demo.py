@@ -55,13 +55,13 @@ _TRIALS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "radial": ({"least": 16, "block": 16},),
     "svg": ({"density": 0.3, "block": 16, "sink_frames": 0},),
     "svg2": ({"mass": 0.7, "query_clusters": 20, "key_clusters": 60, "first_iterations": 10},),
-    "attention_tile": ({"global_frames": 1, "block": 16},),
+    "attention_tile": ({"global_frames": 2, "block": 16},),
     "sla": ({"density": 0.25, "block": 16},),
     "sparge": ({"mass": 0.7, "block": 16},),
     "xattention": ({"mass": 0.7, "stride": 4, "block": 16},),
     "draft": ({"density": 0.25, "tile": (1, 4, 4), "block": 16},),
     "jenga": ({"density": 0.25, "block": 16},),
-    "nabla": ({"tile": (1, 4, 4), "block": 16, "window": (3, 1, 1)},),
+    "nabla": ({"mass": 0.7, "tile": (1, 4, 4), "block": 16, "window": (3, 1, 1)},),
     "pattern": ({"pattern": "Window(size=(3, 9, 9))", "tile": (1, 4, 4), "block": 16},),
 }
 

@@ -1,8 +1,9 @@
-"""The contact sheet: frames of several runs under one another, and where each differs from the first."""
+"""The contact sheet: frames of several runs, and where each differs from the first."""
 
 from __future__ import annotations
 
 import dataclasses as dc
+import math
 import os
 import textwrap
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from vsparse.measure.video import check_output
 __all__ = ["SheetRow", "contact_sheet"]
 
 GAIN = 4
+LONGEST = 7  # runs under one another, beside the reference
 
 
 @dc.dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,6 +36,8 @@ def contact_sheet(
     path: str | os.PathLike[str], rows: Sequence[SheetRow], *, title: str, note: str = "", columns: int = 7
 ) -> Path:
     """Write a PNG: one row of frames per run, and under every run that visibly differs from the first, by how much.
+
+    Many runs stand in columns side by side, with the first one at the head of each.
 
     Args:
         path: Ends in ".png". rows: the first is the reference; all have one shape. title: above all. note: below all.
@@ -56,27 +60,39 @@ def contact_sheet(
     shown = _spread(count, columns)
     cell, label, gap, group = 1.3, 2.75, 0.05, 0.22
     tall = cell * height / width
-    heights = [2 * tall + gap if _differs(row, rows[0]) else tall for row in rows]
-    size = (label + len(shown) * (cell + gap) + 0.15, 1.15 + sum(heights) + group * (len(rows) - 1) + 0.15)
+    panels = _panels(rows)
+    heights = [[2 * tall + gap if _differs(row, rows[0]) else tall for row in panel] for panel in panels]
+    wide = label + len(shown) * (cell + gap) + 0.15
+    size = (wide * len(panels), 1.15 + max(sum(h) + group * (len(h) - 1) for h in heights) + 0.15)
     figure = new_figure(*size)
-    y = size[1] - 1.15
-    for row, extent in zip(rows, heights, strict=True):
-        for part in range(1 if extent == tall else 2):
-            images = (row.frames - rows[0].frames).abs().mul(GAIN) if part else row.frames
-            y_low = y - tall - part * (tall + gap)
-            for column, index in enumerate(shown):
-                x = label + column * (cell + gap)
-                axis = figure.add_axes((x / size[0], y_low / size[1], cell / size[0], tall / size[1]))
-                axis.set_axis_off()
-                axis.imshow(images[index].float().cpu().clamp(0, 1).numpy(), interpolation="nearest", aspect="auto")
-                if row is rows[0]:
-                    axis.set_title(f"frame {index + 1}", fontsize=9, color=FAINT, pad=4)
-            _label(figure, (label - 0.1) / size[0], (y_low + tall) / size[1], size[1], tall, row, part, rows[0])
-        y -= extent + group
+    for place, (panel, extents) in enumerate(zip(panels, heights, strict=True)):
+        left, y = place * wide, size[1] - 1.15
+        for row, extent in zip(panel, extents, strict=True):
+            for part in range(1 if extent == tall else 2):
+                images = (row.frames - rows[0].frames).abs().mul(GAIN) if part else row.frames
+                y_low = y - tall - part * (tall + gap)
+                for column, index in enumerate(shown):
+                    x = left + label + column * (cell + gap)
+                    axis = figure.add_axes((x / size[0], y_low / size[1], cell / size[0], tall / size[1]))
+                    axis.set_axis_off()
+                    axis.imshow(images[index].float().cpu().clamp(0, 1).numpy(), interpolation="nearest", aspect="auto")
+                    if row is rows[0]:
+                        axis.set_title(f"frame {index + 1}", fontsize=9, color=FAINT, pad=4)
+                edge = (left + label - 0.1) / size[0]
+                _label(figure, edge, (y_low + tall) / size[1], size[1], tall, row, part, rows[0])
+            y -= extent + group
     figure.text(0.12 / size[0], 1 - 0.2 / size[1], title, fontsize=13, weight="bold", color=INK, va="top")
     below = "\n".join(textwrap.wrap(note, int(size[0] * 15)))
     figure.text(0.12 / size[0], 1 - 0.48 / size[1], below, fontsize=8.5, color=FAINT, va="top")
     return save_figure(figure, target)
+
+
+def _panels(rows: Sequence[SheetRow]) -> list[list[SheetRow]]:
+    """The rows in columns of at most ``LONGEST``, the reference at the head of each."""
+    rest = list(rows[1:])
+    count = max(1, math.ceil(len(rest) / LONGEST))
+    size = math.ceil(len(rest) / count) if rest else 1
+    return [[rows[0], *rest[i : i + size]] for i in range(0, max(1, len(rest)), size)]
 
 
 def _spread(count: int, most: int) -> list[int]:

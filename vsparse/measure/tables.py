@@ -28,21 +28,23 @@ def _table(title: str = "", *columns: str, numbers: Sequence[str] = ()) -> Any:
 
 def demo_table(runs: Sequence[Run]) -> Any:
     """Time, density and quality of the runs of a demo."""
-    numbers = ("seconds", "density", "sparse calls", "PSNR dB", "worst frame", "SSIM")
+    numbers = ("s", "density", "sparse", "PSNR dB", "worst", "SSIM")
     table = _table("Same prompt, same seed", "run", *numbers, numbers=numbers)
+    table.columns[0].no_wrap = True
     for run in runs:
         sparse = None if run.stats is None else run.stats["sparse_density"]
         row = [run.name, f"{run.seconds:.1f}", f"{run.density:.3f}", NONE if sparse is None else f"{sparse:.3f}"]
         if run.quality is None:
-            row += ["reference", "", ""]
+            row += [NONE, NONE, NONE]
         elif run.quality.identical:
             row += ["equal", "equal", "1.0000"]
         else:
             row += [f"{run.quality.psnr:.1f}", f"{run.quality.worst_psnr:.1f}", f"{run.quality.ssim:.4f}"]
         table.add_row(*row)
     table.caption = (
-        "density: executed share of query-key pairs over all calls, dense steps included; beside it that of the sparse "
-        "calls alone. PSNR and SSIM: against the dense run. floor: every pair computed, by the host and by our kernel."
+        "density: executed share of query-key pairs over all calls, dense steps included; sparse: of the sparse calls "
+        "alone. PSNR and SSIM: against the dense run; worst: PSNR of the worst frame. floor: every pair computed, "
+        "by the host and by our kernel."
     )
     table.caption_justify = "left"
     return table
