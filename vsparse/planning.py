@@ -140,7 +140,10 @@ def make_plan(host: HostAdapter, roots: list[Root], method: Method, schedule: Sc
             why, chosen = list(claim.reasons), method.of(claim.site)
             missing = sorted(chosen.requires - claim.site.offers)
             if missing:
-                why.append(f"{chosen.key} needs {', '.join(missing)}, which {claim.site.host} does not offer")
+                why.append(
+                    f"{chosen.key} needs {', '.join(map(repr, missing))} of a site, which {claim.site.host} does not "
+                    "offer; choose a method that needs nothing of it: `vsparse methods KEY` says what each one needs"
+                )
             name, device, dtype = _kernel(host, chosen, claim) if not why else (None, None, None)
             if name is None and not why and device is not None and dtype is not None:
                 grid = Grid(t=2, h=8, w=8)

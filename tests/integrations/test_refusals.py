@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import warnings
@@ -100,6 +101,20 @@ def test_refuses_in_words(
         (reasons,) = vsparse.plan(chosen, method, **options).skipped.items()
         assert re.search(words, ": ".join((reasons[0], "; ".join(reasons[1]))))
     assert rows.footprint(model) == mark
+
+
+@pytest.mark.parametrize("method", ["vsa", "dsv"])
+def test_a_host_that_lacks_what_a_method_needs_is_refused(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = rows.build("wan")
+    mark = rows.footprint(model)
+    monkeypatch.setattr(adapter, "Site", functools.partial(vsparse.methods.Site, offers=frozenset({"time"})))
+    words = rf"{method} needs 'hidden' of a site, which wan does not offer; choose a method that needs nothing of it"
+    with pytest.raises(NotImplementedError, match=words):
+        vsparse.apply(model, method)
+    assert rows.footprint(model) == mark
+    assert all(words[:20] in reason for why in vsparse.plan(model, method).skipped.values() for reason in why)
+    with vsparse.apply(model, "sla"):
+        pass
 
 
 @METHOD
