@@ -101,6 +101,7 @@ def test_a_solver_that_repeats_a_step_reads_and_never_writes() -> None:
 
 
 def test_branches_keep_maps_of_their_own() -> None:
+    """A step counter or a cache that lives in the class mixes the branches of CFG."""
     model, inputs = rows.build("wan")
     cond, uncond = rows.prompt("wan", inputs), rows.prompt("wan", inputs, seed=1)
     alone = {}
@@ -137,6 +138,7 @@ def test_a_new_prompt_or_shape_starts_without_what_the_last_one_left(method: str
 
 
 def test_a_map_of_another_grid_or_batch_is_never_reused() -> None:
+    """Nor the LSE of its search: a step with neither searches exactly."""
     model, inputs = rows.build("wan")
     with vsparse.apply(model, "adaspa", **BLOCK) as patch, patch.generation(SHORT), heard(model) as phases:
         for i, (grid, batch) in enumerate([((2, 6, 7), 1), ((2, 6, 7), 1), ((2, 7, 6), 1), ((2, 7, 6), 2)]):

@@ -131,7 +131,10 @@ def test_tiles_of_one_token_make_the_coarse_branch_full_attention() -> None:
 
 @GRIDS
 def test_gradients_by_finite_differences(grid: vsparse.Grid) -> None:
-    """Of q, k, v, the attention input and the gate; scores lie further apart than the differences, so the map stays."""
+    """Of q, k, v, the attention input and the gate; scores lie further apart than the differences, so the map stays.
+
+    A gated branch that is added to the saved output in place would show here.
+    """
     q, k, v = (x.double() for x in tensors(grid, batch=2))
     driven = Driven(METHOD, grid, lengths(grid))
     driven.module.double()
