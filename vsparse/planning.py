@@ -14,7 +14,7 @@ from vsparse.geometry import Grid
 from vsparse.host import Claim, HostAdapter, Root, find_roots
 from vsparse.layouts import Layout
 from vsparse.methods import Method, Site, get_method
-from vsparse.runtime import kernel_reasons
+from vsparse.runtime import grid_reasons, kernel_reasons
 from vsparse.schedule import Schedule
 
 __all__ = ["Plan", "make_plan", "plan", "resolve_method", "resolve_schedule"]
@@ -106,6 +106,9 @@ def plan(
         grid = host.grid(target, roots[0], height, width, num_frames)
     except ValueError as error:
         raise ValueError(f"plan: {height=}, {width=}, {num_frames=} is less than one patch: {error}") from error
+    for method_of_site in {method.of(claim.site) for claim in roots[0].claims}:
+        for reason in grid_reasons(method_of_site, grid):
+            raise ValueError(f"plan: {num_frames=} is {grid}: {reason}")
     # Experts share one step axis: each forward runs one root, so one root's sites are the cost of a step.
     layouts: dict[int, Layout] = {}
     for claim in roots[0].claims:

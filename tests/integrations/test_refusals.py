@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
 import functools
 import math
 import re
@@ -21,6 +22,7 @@ from vsparse import backend
 from vsparse.integrations import diffusers as adapter
 from vsparse.integrations.diffusers import processors
 from vsparse.integrations.diffusers.hosts import HOSTS
+from vsparse.methods.sta import STA
 
 HOST = pytest.mark.parametrize("host", rows.HOSTS)
 METHOD = pytest.mark.parametrize("method", rows.METHODS)
@@ -115,6 +117,31 @@ def test_a_host_that_lacks_what_a_method_needs_is_refused(method: str, monkeypat
     assert all(words[:20] in reason for why in vsparse.plan(model, method).skipped.values() for reason in why)
     with vsparse.apply(model, "sla"):
         pass
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class _Timed(STA):
+    key: ClassVar[str] = "timed"
+    requires: ClassVar[frozenset[str]] = frozenset({"time"})
+    default_schedule: ClassVar[vsparse.Schedule] = vsparse.Schedule()
+
+
+def test_one_frame_is_refused_where_a_method_needs_time() -> None:
+    """How many frames there are is known from the latent: each call is asked, and a plan with sizes."""
+    model, inputs = rows.build("wan")
+    one, more = rows.prompt("wan", inputs, (1, 4, 6)), rows.prompt("wan", inputs, (2, 4, 6))
+    words = r"timed needs 'time', more than one latent frame, and this video has one; generate more frames"
+    with vsparse.apply(model, _Timed(block=8)):
+        rows.forward(model, more)
+        with pytest.raises(NotImplementedError, match=words):
+            rows.forward(model, one)
+        rows.forward(model, more)
+    with vsparse.apply(model, _Timed(block=8), strict=False) as patch:
+        with pytest.warns(UserWarning, match=words):
+            rows.forward(model, one)
+        assert patch.stats()["calls"] == {"dense": len(patch.sites)}
+    with pytest.raises(ValueError, match=f"plan: num_frames=1 is Grid.*{words}"):
+        vsparse.plan(model, _Timed(block=8), height=64, width=96, num_frames=1, steps=4)
 
 
 @METHOD

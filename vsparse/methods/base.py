@@ -39,7 +39,8 @@ class Site:
         layer, layers: Index in the root, counted over all its stacks, and how many there are.
         dim: Width of the hidden states. heads, head_dim: of the attention.
         host: Family name in the host table.
-        offers: What the site can give a method: "hidden" (attention input), "time" (more than one frame).
+        offers: What the site can give a method: "hidden" (attention input), "time" (more than one frame, which
+            each call is asked for again).
     """
 
     root: str
