@@ -72,6 +72,19 @@ def test_union_keeps_what_either_keeps(blocks: BlockMap, seed: int) -> None:
         dc.replace(blocks, key_bias=torch.zeros(1, 1, blocks.k.blocks)).union(other)
 
 
+@pytest.mark.parametrize("filler", [-1, 2**31 - 1])
+@given(blocks=maps())
+def test_entries_past_the_count_are_never_read(filler: int, blocks: BlockMap) -> None:
+    """Nor the list of a full row. A filler of -1 is no block: published lists end in it."""
+    count, keys = blocks.count, blocks.k.blocks
+    used = torch.arange(blocks.capacity) < torch.where(count == keys, 0, count)[..., None]
+    other = dc.replace(blocks, index=torch.where(used, blocks.index, filler)).validate()
+    assert torch.equal(other.to_mask(), blocks.to_mask())
+    assert all(map(torch.equal, other.pairs(), blocks.pairs()))
+    for name in ("offset", "row", "full", "full_count"):
+        assert torch.equal(getattr(other.transpose(), name), getattr(blocks.transpose(), name))
+
+
 def test_full_needs_no_lists() -> None:
     q, k = strategies.blocking(3, 4, seed=1), strategies.blocking(5, 2, seed=2)
     blocks = BlockMap.full(q, k).validate()

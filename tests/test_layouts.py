@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsparse import CurveLayout, Grid, PartitionLayout, RasterLayout, TileLayout
+from vsparse import ClusterLayout, CurveLayout, Grid, PartitionLayout, RasterLayout, TileLayout
 from vsparse.geometry import Segment, kept_blocks
 from vsparse.layouts import Layout
 from vsparse.layouts.curve import hilbert
@@ -205,6 +205,26 @@ def test_equal_layouts_have_equal_keys() -> None:
         RasterLayout(grid, break_at="frame").key,
     ]
     assert len({*keys, PartitionLayout(grid, chunk=(1, 2, 2)).key, CurveLayout(grid, block=64).key}) == 6
+
+
+def test_tables_are_cached_by_value_and_hold_no_device() -> None:
+    """An equal grid, made anew, finds the same tables; a copy on another device leaves those of the CPU alone."""
+    kinds = (
+        lambda grid: TileLayout(grid, tile=(2, 2, 3), block=4),
+        lambda grid: RasterLayout(grid, block=4),
+        lambda grid: PartitionLayout(grid, chunk=(1, 2, 2)),
+        lambda grid: CurveLayout(grid, block=4),
+        lambda grid: ClusterLayout(grid, clusters=5),
+    )
+    for kind in kinds:
+        first, again = (kind(Grid(t=3, h=4, w=5, text_after=6)) for _ in range(2))
+        assert first.slot_token is again.slot_token
+        assert first.length is again.length
+        moved = first.to("meta")
+        assert moved.length.is_meta
+        assert moved.token_slot.is_meta
+        assert kind(Grid(t=3, h=4, w=5, text_after=6)).length.device == torch.device("cpu")
+        assert kind(Grid(t=3, h=5, w=4, text_after=6)).slot_token is not first.slot_token
 
 
 def test_layout_made_under_inference_mode_trains() -> None:

@@ -113,6 +113,7 @@ def test_gradcheck_reorder() -> None:
 
 
 def test_merge_of_empty_parts() -> None:
+    """Two LSE of -inf: their difference is NaN unless it is guarded."""
     out, lse = torch.randn(1, 2, 1, 4), torch.tensor([[[0.5], [-torch.inf]]])
     nothing = torch.full_like(lse, -torch.inf)
     leaves = [x.requires_grad_() for x in (out, lse, torch.zeros_like(out), nothing)]

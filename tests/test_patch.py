@@ -52,6 +52,7 @@ def _pairs(maps: tuple[BlockMap, ...], batch: int, heads: int) -> tuple[int, int
 
 @pytest.mark.parametrize(("host", "method"), rows.both)
 def test_density_is_counted_pairs(host: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is reported is what ran: blocks that are forced after the budget count, padding does not."""
     model, inputs = rows.build(host)
     values = rows.prompt(host, inputs, (3, 6, 7), batch=2)
     with vsparse.apply(model, method, **rows.METHODS[method].sparse) as patch, executed(monkeypatch) as maps:

@@ -41,6 +41,7 @@ def test_short_runs_still_search(steps: int, reuses: tuple[int, ...] | None) -> 
 
 @given(share=st.fractions(0, 1, max_denominator=100), steps=st.integers(1, 100))
 def test_dense_steps_round_down(share: Any, steps: int) -> None:
+    """By the step alone: a limit on the timestep would depend on the scheduler and its shift."""
     found = phases(Schedule(dense_steps=float(share)), steps)
     dense = steps * share.numerator // share.denominator
     assert found == ["dense"] * dense + ["search"] * (steps - dense)
@@ -48,6 +49,7 @@ def test_dense_steps_round_down(share: Any, steps: int) -> None:
 
 @given(share=st.fractions(0, 1, max_denominator=100), steps=st.integers(1, 100))
 def test_searches_round_up_to_the_last_step_of_their_share(share: Any, steps: int) -> None:
+    """AdaSpa's paper numbers its steps for runs of 50."""
     exact = -(-steps * share.numerator // share.denominator) - 1
     assert Schedule(search_at=(float(share),)).searches(steps) == (max(0, exact),)
 

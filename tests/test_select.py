@@ -174,6 +174,13 @@ def test_top_p_is_minimal(seed: int, mass: float) -> None:
     assert bool(with_it.gather(-1, best).all())
 
 
+def test_the_rule_for_the_crossing_block_has_no_default() -> None:
+    """Published methods differ in it, so that each has to say which one it follows."""
+    scores, (q, k) = scores_of(0), sides(0)
+    with pytest.raises(TypeError, match="include_crossing"):
+        select.top_p(scores, q, k, mass=0.5)  # type: ignore[call-arg]
+
+
 def test_top_p_of_negligible_shares() -> None:
     """A share that underflows, or vanishes beside the sum, is dropped below the full mass and kept at it."""
     scores = torch.tensor([[[[1.0, 1e-30, 0.0, 1e-9]]]])

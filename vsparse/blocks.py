@@ -117,12 +117,16 @@ class BlockMap:
         more = capacity - self.capacity
         return self if more <= 0 else dc.replace(self, index=torch.nn.functional.pad(self.index, (0, more)))
 
+    def _used(self) -> Tensor:
+        """``[B|1, H|1, Q, M]`` bool: entries that hold a block; none of a full row, whose list may hold anything."""
+        counted = torch.arange(self.capacity, device=self.count.device) < self.count[..., None]
+        return counted & (self.count < self.k.blocks)[..., None]
+
     def to_mask(self) -> Tensor:
         """``[B|1, H|1, Q, K]`` bool, the dense form."""
         blocks = self.k.blocks
         keep = torch.zeros(*self.count.shape, blocks + 1, dtype=torch.bool, device=self.count.device)
-        used = torch.arange(self.capacity, device=self.count.device) < self.count[..., None]
-        keep = keep.scatter(-1, torch.where(used, self.index, blocks).long(), True)[..., :blocks]
+        keep = keep.scatter(-1, torch.where(self._used(), self.index, blocks).long(), True)[..., :blocks]
         return keep | (self.count == blocks)[..., None]
 
     def to_bits(self) -> Tensor:
@@ -136,8 +140,7 @@ class BlockMap:
         """Key-major lists, deterministic, without a device sync."""
         queries, keys = self.count.shape[-1], self.k.blocks
         full = self.count == keys
-        used = (torch.arange(self.capacity, device=self.count.device) < self.count[..., None]) & ~full[..., None]
-        by_key, entry = torch.where(used, self.index, keys).flatten(-2).sort(dim=-1, stable=True)
+        by_key, entry = torch.where(self._used(), self.index, keys).flatten(-2).sort(dim=-1, stable=True)
         row = torch.where(by_key < keys, entry // max(1, self.capacity), queries)
         key = torch.arange(keys + 1, device=self.count.device, dtype=by_key.dtype)
         offset = torch.searchsorted(by_key, key.expand(*by_key.shape[:2], -1).contiguous(), out_int32=True)
@@ -149,10 +152,11 @@ class BlockMap:
         """Computed and possible query-key token pairs, each ``[B|1, H|1]`` float64; padding counts for nothing."""
         q, k = self.q.length.double(), self.k.length.double()
         blocks = self.k.blocks
-        used = torch.arange(self.capacity, device=self.count.device) < self.count[..., None]
+        used = self._used()
         lengths = k[:, :, None].expand(-1, -1, self.q.blocks, -1)
         shape = torch.broadcast_shapes(self.index.shape[:3], lengths.shape[:3])
-        listed = lengths.expand(*shape, blocks).gather(-1, self.index.expand(*shape, self.capacity).long())
+        index = torch.where(used, self.index, 0).expand(*shape, self.capacity).long()
+        listed = lengths.expand(*shape, blocks).gather(-1, index)
         kept = torch.where(self.count == blocks, lengths.sum(-1), torch.where(used, listed, 0).sum(-1))
         return (q * kept).sum(-1), q.sum(-1) * k.sum(-1)
 
@@ -184,7 +188,7 @@ class BlockMap:
             count,
             f"count must lie in [0, M={self.capacity}] or equal K={blocks}",
         )
-        used = (torch.arange(self.capacity, device=count.device) < count[..., None]) & (count < blocks)[..., None]
+        used = self._used()
         outside = used & ((self.index < 0) | (self.index >= blocks))
         _refuse(outside, self.index, f"index must hold key blocks in [0, K={blocks})")
         falling = torch.zeros_like(used)

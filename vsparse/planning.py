@@ -14,7 +14,7 @@ from vsparse.geometry import Grid
 from vsparse.host import Claim, HostAdapter, Root, find_roots
 from vsparse.layouts import Layout
 from vsparse.methods import Method, Site, get_method
-from vsparse.runtime import kernel_reasons
+from vsparse.runtime import grid_reasons, kernel_reasons
 from vsparse.schedule import Schedule
 
 __all__ = ["Plan", "make_plan", "plan", "resolve_method", "resolve_schedule"]
@@ -106,6 +106,9 @@ def plan(
         grid = host.grid(target, roots[0], height, width, num_frames)
     except ValueError as error:
         raise ValueError(f"plan: {height=}, {width=}, {num_frames=} is less than one patch: {error}") from error
+    for method_of_site in {method.of(claim.site) for claim in roots[0].claims}:
+        for reason in grid_reasons(method_of_site, grid):
+            raise ValueError(f"plan: {num_frames=} is {grid}: {reason}")
     # Experts share one step axis: each forward runs one root, so one root's sites are the cost of a step.
     layouts: dict[int, Layout] = {}
     for claim in roots[0].claims:
@@ -140,7 +143,10 @@ def make_plan(host: HostAdapter, roots: list[Root], method: Method, schedule: Sc
             why, chosen = list(claim.reasons), method.of(claim.site)
             missing = sorted(chosen.requires - claim.site.offers)
             if missing:
-                why.append(f"{chosen.key} needs {', '.join(missing)}, which {claim.site.host} does not offer")
+                why.append(
+                    f"{chosen.key} needs {', '.join(map(repr, missing))} of a site, which {claim.site.host} does not "
+                    "offer; choose a method that needs nothing of it: `vsparse methods KEY` says what each one needs"
+                )
             name, device, dtype = _kernel(host, chosen, claim) if not why else (None, None, None)
             if name is None and not why and device is not None and dtype is not None:
                 grid = Grid(t=2, h=8, w=8)

@@ -256,7 +256,7 @@ class Runtime:
             if key not in self._reasons:
                 assert dtype is not None
                 self._reasons[key] = kernel_reasons(method, layout, site, dtype, reading.device)
-            found += self._reasons[key]
+            found += [*grid_reasons(method, layout.grid), *self._reasons[key]]
         return found
 
     def _dtype(self, module: nn.Module, site: SparseAttention, device: torch.device) -> torch.dtype:
@@ -376,6 +376,16 @@ def _on_backward(output: Any, record: _Record) -> None:
                 record.restore()
 
             value.register_hook(restore)
+
+
+def grid_reasons(method: Method, grid: Grid) -> list[str]:
+    """Why a method cannot run on a video, whose size is known only when it is called."""
+    if "time" not in method.requires or grid.t > 1:
+        return []
+    return [
+        f"{method.key} needs 'time', more than one latent frame, and this video has one; generate more frames, or "
+        "choose a method that does without"
+    ]
 
 
 def kernel_reasons(method: Method, layout: Layout, site: Site, dtype: torch.dtype, device: torch.device) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
+import functools
 import math
 import re
 import warnings
@@ -20,6 +22,7 @@ from vsparse import backend
 from vsparse.integrations import diffusers as adapter
 from vsparse.integrations.diffusers import processors
 from vsparse.integrations.diffusers.hosts import HOSTS
+from vsparse.methods.sta import STA
 
 HOST = pytest.mark.parametrize("host", rows.HOSTS)
 METHOD = pytest.mark.parametrize("method", rows.METHODS)
@@ -100,6 +103,45 @@ def test_refuses_in_words(
         (reasons,) = vsparse.plan(chosen, method, **options).skipped.items()
         assert re.search(words, ": ".join((reasons[0], "; ".join(reasons[1]))))
     assert rows.footprint(model) == mark
+
+
+@pytest.mark.parametrize("method", ["vsa", "dsv"])
+def test_a_host_that_lacks_what_a_method_needs_is_refused(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = rows.build("wan")
+    mark = rows.footprint(model)
+    monkeypatch.setattr(adapter, "Site", functools.partial(vsparse.methods.Site, offers=frozenset({"time"})))
+    words = rf"{method} needs 'hidden' of a site, which wan does not offer; choose a method that needs nothing of it"
+    with pytest.raises(NotImplementedError, match=words):
+        vsparse.apply(model, method)
+    assert rows.footprint(model) == mark
+    assert all(words[:20] in reason for why in vsparse.plan(model, method).skipped.values() for reason in why)
+    with vsparse.apply(model, "sla"):
+        pass
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class _Timed(STA):
+    key: ClassVar[str] = "timed"
+    requires: ClassVar[frozenset[str]] = frozenset({"time"})
+    default_schedule: ClassVar[vsparse.Schedule] = vsparse.Schedule()
+
+
+def test_one_frame_is_refused_where_a_method_needs_time() -> None:
+    """How many frames there are is known from the latent: each call is asked, and a plan with sizes."""
+    model, inputs = rows.build("wan")
+    one, more = rows.prompt("wan", inputs, (1, 4, 6)), rows.prompt("wan", inputs, (2, 4, 6))
+    words = r"timed needs 'time', more than one latent frame, and this video has one; generate more frames"
+    with vsparse.apply(model, _Timed(block=8)):
+        rows.forward(model, more)
+        with pytest.raises(NotImplementedError, match=words):
+            rows.forward(model, one)
+        rows.forward(model, more)
+    with vsparse.apply(model, _Timed(block=8), strict=False) as patch:
+        with pytest.warns(UserWarning, match=words):
+            rows.forward(model, one)
+        assert patch.stats()["calls"] == {"dense": len(patch.sites)}
+    with pytest.raises(ValueError, match=f"plan: num_frames=1 is Grid.*{words}"):
+        vsparse.plan(model, _Timed(block=8), height=64, width=96, num_frames=1, steps=4)
 
 
 @METHOD

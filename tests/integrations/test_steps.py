@@ -101,6 +101,7 @@ def test_a_solver_that_repeats_a_step_reads_and_never_writes() -> None:
 
 
 def test_branches_keep_maps_of_their_own() -> None:
+    """A step counter or a cache that lives in the class mixes the branches of CFG."""
     model, inputs = rows.build("wan")
     cond, uncond = rows.prompt("wan", inputs), rows.prompt("wan", inputs, seed=1)
     alone = {}
@@ -122,7 +123,22 @@ def test_branches_keep_maps_of_their_own() -> None:
     assert torch.equal(together["uncond"], alone["uncond"])
 
 
+@pytest.mark.parametrize("method", ["adaspa", "svg2", "unicp", "radial"])
+def test_a_new_prompt_or_shape_starts_without_what_the_last_one_left(method: str) -> None:
+    """LSE, maps, centroids, cached outputs and masks: one patch for three videos, as a patch for each."""
+    model, inputs = rows.build("wan")
+    videos = [rows.prompt("wan", inputs), rows.prompt("wan", inputs, seed=1), rows.prompt("wan", inputs, (3, 5, 4))]
+    wanted = []
+    for values in videos:
+        with rows.sparse(model, method) as patch:
+            wanted.append(rows.generation(patch, model, values, steps=4))
+    with rows.sparse(model, method) as patch:
+        for values, alone in zip(videos, wanted, strict=True):
+            assert all(map(torch.equal, rows.generation(patch, model, values, steps=4), alone))
+
+
 def test_a_map_of_another_grid_or_batch_is_never_reused() -> None:
+    """Nor the LSE of its search: a step with neither searches exactly."""
     model, inputs = rows.build("wan")
     with vsparse.apply(model, "adaspa", **BLOCK) as patch, patch.generation(SHORT), heard(model) as phases:
         for i, (grid, batch) in enumerate([((2, 6, 7), 1), ((2, 6, 7), 1), ((2, 7, 6), 1), ((2, 7, 6), 2)]):

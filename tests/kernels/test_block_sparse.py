@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, hold, make
+from kernel_cases import DTYPES, filled, hold, hold_padded_first, make
 from torch import Tensor
 
 import vsparse
@@ -86,6 +86,18 @@ def test_head_dims(width: int) -> None:
 @pytest.mark.parametrize("width", [64, 128])
 def test_shipped_configurations(q: tuple[int, int], k: tuple[int, int], width: int) -> None:
     hold(make(4, q=q, k=k, batch=1, heads=1, width=width, dtype=torch.bfloat16, density=0.6))
+
+
+@pytest.mark.parametrize("filler", [-1, 2**31 - 1])
+def test_entries_past_the_count_are_never_read(filler: int) -> None:
+    """Lists of unequal length are filled up with anything; a filler of -1 or 0 is no block to fetch."""
+    hold(filled(make(2, q=(3, 16), k=(5, 16), heads=1), filler))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_fully_padded_first_block_is_no_nan() -> None:
+    """The running maximum is still -inf when the first block has passed, and the row may have no other block."""
+    hold_padded_first(16, 16)
 
 
 @pytest.mark.parametrize("which", ["k", "k, v", "rest"])

@@ -8,7 +8,7 @@ import strategies
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, hold, make
+from kernel_cases import DTYPES, filled, hold, hold_padded_first, make
 from torch import Tensor
 
 import vsparse
@@ -101,6 +101,19 @@ def test_mass_and_pool_in_many_chunks() -> None:
     oracle.assert_law(
         lambda x: vsparse.block_pool(x, sides[1]), lambda x: reference.block_pool(x, sides[1])[0], case.inputs[1:2]
     )
+
+
+@pytest.mark.parametrize("filler", [-1, 2**31 - 1])
+@pytest.mark.parametrize("q", [(4, 8), (12, 1)])
+def test_entries_past_the_count_are_never_read(q: tuple[int, int], filler: int) -> None:
+    """A filler of -1 or 0 is no block: nothing is fetched for it, and it adds nothing to the denominator."""
+    hold(filled(make(2, q=q, k=(7, 12)), filler))
+
+
+@pytest.mark.parametrize("q", [8, 1])
+def test_a_fully_padded_first_block_is_no_nan(q: int) -> None:
+    """Nor a row of such blocks alone: its output is 0, its LSE -inf."""
+    hold_padded_first(q, 8, DTYPES)
 
 
 @pytest.mark.parametrize("q", [(4, 8), (12, 1)])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, hold, make
+from kernel_cases import DTYPES, hold, hold_padded_first, make
 from torch import Tensor
 
 import vsparse
@@ -88,6 +88,11 @@ def test_a_few_heads_at_a_time(parts: int, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(launch, "PARTS", parts)
     for lead in ((2, 2), (1, 1)):
         hold(make(2, q=(9, 1), k=(3, 16), lead=lead, bias=True))
+
+
+def test_a_fully_padded_first_block_is_no_nan() -> None:
+    """For queries that choose one by one."""
+    hold_padded_first(1, 17)
 
 
 def test_omitted_blocks_and_invalid_tokens_may_hold_nan() -> None:

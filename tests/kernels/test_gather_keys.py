@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, Case, hold, make
+from kernel_cases import DTYPES, Case, hold, hold_padded_first, make
 from torch import Tensor
 
 import vsparse
@@ -96,6 +96,11 @@ def test_rows_that_keep_all_need_no_list_and_rows_that_keep_nothing_have_none() 
     nothing = dc.replace(case.blocks, count=torch.zeros_like(case.blocks.count))
     for blocks in (full, nothing):
         hold(dc.replace(case, blocks=blocks))
+
+
+def test_a_fully_padded_first_block_is_no_nan() -> None:
+    """For keys that are gathered from blocks of a few tokens."""
+    hold_padded_first(16, 8)
 
 
 def test_entries_past_the_count_may_hold_anything() -> None:

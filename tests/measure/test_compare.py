@@ -53,6 +53,7 @@ def test_every_method_beats_random_blocks(grid: Grid) -> None:
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("name", ["vsa", "adaspa", "sta", "vmoba"])
 def test_recall_and_density_are_those_of_the_token_mask(name: str, grid: Grid) -> None:
+    """Padded slots of ragged blocks are no queries whose recall would enter the mean."""
     sample = structured_sample(grid, heads=one_site.HEADS, width=8)
     method = middle(LINES[name])
     kept = kept_by(method, sample, layer=2)

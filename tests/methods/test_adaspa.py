@@ -96,7 +96,10 @@ def test_the_search_is_exact_attention(grid: vsparse.Grid) -> None:
 
 @GRIDS
 def test_mass_sums_to_the_valid_rows(grid: vsparse.Grid) -> None:
-    """Every valid query hands out one unit of mass, so a block row sums to its valid length; by hand pair by pair."""
+    """Every valid query hands out one unit of mass, so a block row sums to its valid length; by hand pair by pair.
+
+    The paper's listing leaves out the division by the sum, and writes a logarithm where it means the exponential.
+    """
     q, k, v = (x.double() for x in tensors(grid, batch=2))
     one = driven(ADAPTIVE, grid)
     blocking = one.call.blocking
@@ -159,6 +162,7 @@ def densities_by_hand(recall: Tensor, method: AdaSpa) -> Tensor:
 def test_head_densities_keep_the_mean_and_stay_in_range(
     recall: list[list[float]], density: float, level: float
 ) -> None:
+    """At most half of the heads give: were there more, heads that give and heads that receive would overlap."""
     method = AdaSpa(density=density, recall=level)
     found = head_densities(torch.tensor(recall, dtype=torch.float64), density, method.spread, level)
     assert torch.equal(found, densities_by_hand(torch.tensor(recall, dtype=torch.float64), method))

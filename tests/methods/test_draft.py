@@ -122,7 +122,10 @@ def test_text_is_on_top_of_the_budget(grid: vsparse.Grid) -> None:
 
 
 def test_no_row_is_empty() -> None:
-    """One query cell draws all of the head's best entries; the others still keep their best."""
+    """One threshold for a head may leave a row without a cell, which is NaN in kernels without a guard.
+
+    Here one query cell draws all of the head's best entries; the others still keep their best.
+    """
     grid = vsparse.Grid(t=1, h=4, w=4)
     q, k, v = (torch.zeros(1, 16, HEADS, DIM, dtype=torch.float64) for _ in range(3))
     q[:, :2, :, 0], k[:, :2, :, 0], v[:] = 50.0, 50.0, 1.0
@@ -143,12 +146,16 @@ def test_exactly_the_budget_is_kept_though_entries_are_equal() -> None:
     assert bool((count >= 32).all())
 
 
-def test_grids_need_not_divide_by_the_cell() -> None:
-    """9 x 17 positions leave cells of one row, of one column and of one token."""
-    grid = vsparse.Grid(t=1, h=9, w=17)
+@pytest.mark.parametrize(
+    ("grid", "cells"),
+    [(vsparse.Grid(t=1, h=9, w=17), [128, 8, 16, 1]), (vsparse.Grid(t=1, h=17, w=9), [72, 72, 9])],
+    ids=["landscape", "portrait"],
+)
+def test_grids_need_not_divide_by_the_cell(grid: vsparse.Grid, cells: list[int]) -> None:
+    """9 x 17 positions leave cells of one row, of one column and of one token; upright none is as wide as it could."""
     q, k, v = (x.double() for x in tensors(grid))
     one = Driven(DraftAttention(density=0.5), grid)
-    assert one.layout.length[0, 0].tolist() == [128, 8, 16, 1]
+    assert one.layout.length[0, 0].tolist() == cells
     found = one(q, k, v)
     assert_identity(lambda *x: one(*x), lambda *x: attention(*x, one.keep()), [q, k, v], grads=False)
     assert found.shape == q.shape

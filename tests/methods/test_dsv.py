@@ -252,6 +252,17 @@ def test_stages_and_budgets(block: int) -> None:
         assert kept_tiles(one) == wanted, (options, calls, loss, shares)
 
 
+@pytest.mark.parametrize("keys", [1, 3, 7, 27])
+def test_filled_list_slots_add_nothing_to_the_denominator(keys: int) -> None:
+    """Lists of odd length are filled up in the released code with zero keys, each of which adds ``exp(-max)``."""
+    q, k, v = (x.double() for x in tensors(VIDEO, batch=2))
+    one = driven(TOKEN.replace(density=keys / VIDEO.video, least=1e-6), VIDEO)
+    one.module.double()
+    found = one(q, k, torch.ones_like(v), hidden_of(VIDEO).double())
+    assert one.maps[0].count.unique().tolist() == [keys]
+    assert torch.equal(found.float(), torch.ones_like(v).float())
+
+
 def test_single_keys_and_dense_heads() -> None:
     one = with_progress(DSV(density=0.4, rank=4, tile=TILE, block=12, granularity="token"), 9.0, 0.0, (0.3, 0.9))
     assert one.maps[0].k.block == 1
@@ -291,6 +302,11 @@ def test_hidden_states_of_another_length_are_refused() -> None:
     one = driven(FIXED, TEXT)
     with pytest.raises(ValueError, match=r"dsv: the attention input has 104 tokens, .* has 105 of video"):
         one(*tensors(TEXT), hidden_of(TEXT, 1)[:, 1:])
+
+
+def test_a_call_without_hidden_states_is_refused() -> None:
+    with pytest.raises(ValueError, match="dsv: this call brings no attention input"):
+        driven(FIXED, TEXT)(*tensors(TEXT))
 
 
 def test_defaults() -> None:

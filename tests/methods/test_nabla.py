@@ -56,7 +56,10 @@ def shares(q: Tensor, k: Tensor, grid: vsparse.Grid) -> Tensor:
 @GRIDS
 @METHODS
 def test_selection_by_hand(grid: vsparse.Grid, method: NABLA) -> None:
-    """The smallest set of best tiles with the mass, the window, and all text."""
+    """The smallest set of best tiles with the mass, the window, and all text.
+
+    Neither rows nor columns divide by the tile, and the window is cut at the borders.
+    """
     q, k, v = (x.double() for x in tensors(grid, batch=2))
     one = driven(method, grid)
     one(q, k, v)

@@ -93,6 +93,28 @@ def test_refused_in_words(options: dict[str, Any], message: str) -> None:
         StaticPattern(**options)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "grid", "words"),
+    [
+        (patterns.nothing, VIDEO, "the pattern leaves 14 of 14 query blocks without a key, the first of them block 0"),
+        (
+            patterns.Offset(low=(1, None, None)),
+            VIDEO,
+            "the pattern leaves 5 of 14 query blocks without a key, .* block 9;",
+        ),
+        (patterns.KeyFrames(frames=(2,)), vsparse.Grid(t=2, h=4, w=4), "leaves 4 of 4 query blocks"),
+        ((WINDOW, patterns.nothing), VIDEO, "the pattern of head 1 leaves 14 of 14 query blocks"),
+    ],
+    ids=["nothing", "the next frames only", "a frame that the video does not have", "one head"],
+)
+def test_a_pattern_that_leaves_a_row_empty_is_refused(pattern: Any, grid: vsparse.Grid, words: str) -> None:
+    """Attention over no key would be 0 without a word. With joint text every row has the text."""
+    method = StaticPattern(pattern=pattern, block=8)
+    with pytest.raises(ValueError, match=rf"pattern: on Grid\(t={grid.t}, .*{words}.*add keys that every query has"):
+        Driven(method, grid)
+    Driven(method, dc.replace(grid, text_after=10))(*tensors(dc.replace(grid, text_after=10)))
+
+
 def test_apply_refuses_another_number_of_heads() -> None:
     model, _ = rows.build("wan")
     mark = rows.footprint(model)

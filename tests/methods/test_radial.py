@@ -79,6 +79,21 @@ def test_attention_by_hand(grid: vsparse.Grid) -> None:
     assert torch.equal(one.keep(), (keep & valid).expand(-1, HEADS, -1, -1))
 
 
+def test_the_mask_follows_the_shape_back_and_forth() -> None:
+    """The released code keeps the mask of the first shape. 147 tokens are no multiple of 128, and none is dropped."""
+    grids = [vsparse.Grid(t=7, h=3, w=7), vsparse.Grid(t=3, h=7, w=7), vsparse.Grid(t=7, h=3, w=7)]
+    maps = []
+    for grid in grids:
+        one = Driven(Radial(decay_factor=0.5, least=2, block=16), grid)
+        q, k, v = tensors(grid)
+        one(q, k, v)
+        assert one.keep().shape[-1] == grid.video
+        assert bool((one.keep() | ~rule_by_hand(one.method, grid)).all())  # type: ignore[arg-type]
+        maps.append(one.maps[0].to_mask())
+    assert torch.equal(maps[0], maps[2])
+    assert not torch.equal(maps[0], maps[1])
+
+
 def test_widths_of_the_published_models() -> None:
     """Wan 2.1 at 720p has 3600 positions in a frame: full, half, then max(0.2 * 4096 / 2^bits, 128)."""
     grid = vsparse.Grid(t=40, h=45, w=80)

@@ -173,7 +173,7 @@ def test_no_row_outgrows_its_list(grid: vsparse.Grid, method: SpargeAttn, scale:
 
 
 def test_the_crossing_block_is_left_out_but_one_stays() -> None:
-    """Shares 4/7, 2/7 and 1/7: 0.9 keeps two, 0.8 and 0.1 keep the best alone."""
+    """As released, and unlike all others. Shares 4/7, 2/7 and 1/7: 0.9 keeps two, 0.8 and 0.1 the best alone."""
     grid = vsparse.Grid(t=1, h=1, w=12)
     q, k, v = (torch.zeros(1, 12, HEADS, DIM, dtype=torch.float64) for _ in range(3))
     q[..., 0], k[..., 0] = 1.0, torch.tensor([4.0, 2.0, 1.0]).log().repeat_interleave(4)[:, None] * math.sqrt(DIM)

@@ -95,6 +95,7 @@ def test_published_densities(window: Any, density: float) -> None:
 
 @GRIDS
 def test_whole_axes_are_full_attention(grid: vsparse.Grid) -> None:
+    """So are windows larger than the grid: they are clipped to it."""
     q, k, v = tensors(grid, batch=2)
     one = driven(STA(window=(99, None, 7), tile=TILE, block=4), grid)
     found = one(q, k, v)

@@ -124,6 +124,15 @@ def test_output_and_gradients_with_the_map_fixed(grid: vsparse.Grid) -> None:
     assert_identity(lambda *x: one(*x), lambda *x: attention(*x, keep), inputs)
 
 
+def test_on_one_frame_the_bands_are_one() -> None:
+    """Without a temporal axis what is near in time is what is near in space: either choice computes the same."""
+    one = driven(METHOD, vsparse.Grid(t=1, h=6, w=7))
+    assert one.call.static is not None
+    spatial, temporal = one.call.static.to_mask()[0]
+    assert torch.equal(spatial, temporal)
+    assert not bool(METHOD.replace(sink_frames=0).static_map(one.layout, one.site).to_mask().all())  # type: ignore[union-attr]
+
+
 @GRIDS
 def test_density_one_keeps_everything(grid: vsparse.Grid) -> None:
     q, k, v = tensors(grid, batch=2)

@@ -161,10 +161,27 @@ def test_top_k_keeps_own_chunk_and_the_best(scope: str, seed: int, top: int, hea
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_equal_scores_weigh_the_same(scope: str) -> None:
+    """Min-max normalisation of equal scores is 0/0 in the released code."""
     mine = torch.eye(4, dtype=torch.bool)
     keep = gate_threshold(torch.zeros(1, 1, 4, 4), mine, torch.ones_like(mine), share=0.5, scope=scope)  # type: ignore[arg-type]
     assert int(keep.sum()) == 8
     assert bool(keep[0, 0].diagonal().all())
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_own_chunk_alone_is_enough(scope: str) -> None:
+    """Where it reaches the threshold, no further chunk is taken; the released code always takes one more."""
+    mine = torch.eye(4, dtype=torch.bool)
+    gate = torch.where(mine, 5.0, torch.rand(1, 2, 4, 4, generator=torch.Generator().manual_seed(0)))
+    keep = gate_threshold(gate, mine, torch.ones_like(mine), share=0.3, scope=scope)  # type: ignore[arg-type]
+    assert torch.equal(keep, mine.expand_as(keep))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_single_chunk_is_no_0_by_0(scope: str) -> None:
+    """The least and the greatest score of one chunk are the same."""
+    gate, mine = torch.randn(1, 2, 5, 1), torch.ones(5, 1, dtype=torch.bool)
+    assert bool(gate_threshold(gate, mine, mine, share=0.2, scope=scope).all())  # type: ignore[arg-type]
 
 
 def test_share_of_one_keeps_everything() -> None:
@@ -218,7 +235,8 @@ def test_merged_parts_equal_one_masked_softmax(layer: int, options: dict[str, ob
     oracle.assert_law(candidate, parts, (q, k, v))
 
 
-def test_one_chunk_per_token_attends_inside_it() -> None:
+def test_without_further_chunks_there_is_no_silent_full_attention() -> None:
+    """The released code attends over the whole sequence when no pair but own chunks is chosen."""
     grid = Grid(t=4, h=2, w=2)
     sparse, layout = module(VMoBA(frames=2, patch=(2, 2), cube=(2, 2, 2), top_k=(1, 1, 1)), grid, 0)
     q, k, v = (torch.randn(1, grid.tokens, 2, 8) for _ in range(3))

@@ -131,7 +131,10 @@ def test_tiles_of_one_token_make_the_coarse_branch_full_attention() -> None:
 
 @GRIDS
 def test_gradients_by_finite_differences(grid: vsparse.Grid) -> None:
-    """Of q, k, v, the attention input and the gate; scores lie further apart than the differences, so the map stays."""
+    """Of q, k, v, the attention input and the gate; scores lie further apart than the differences, so the map stays.
+
+    A gated branch that is added to the saved output in place would show here.
+    """
     q, k, v = (x.double() for x in tensors(grid, batch=2))
     driven = Driven(METHOD, grid, lengths(grid))
     driven.module.double()
@@ -197,7 +200,10 @@ def test_text_is_exempt(grid: vsparse.Grid) -> None:
 
 
 def test_padded_text_never_counts() -> None:
-    """Whatever stands in padded text, values of another scale or NaN, the valid rows do not move by a bit."""
+    """Whatever stands in padded text, values of another scale or NaN, the valid rows do not move by a bit.
+
+    Means are over valid tokens, and padding is zero after the host's bias and rotation, as it is packed after them.
+    """
     q, k, v = tensors(TEXT, batch=2)
     driven = Driven(METHOD, TEXT, lengths(TEXT))
     gate(driven)
@@ -244,15 +250,18 @@ def test_the_attention_input_must_be_the_video() -> None:
     driven = Driven(METHOD, TEXT)
     with pytest.raises(ValueError, match=r"the attention input has 115 tokens, .* has 105 of video"):
         driven(q, k, v, torch.zeros(1, TEXT.tokens, HEADS * DIM))
+    with pytest.raises(ValueError, match="vsa: this call brings no attention input"):
+        driven(q, k, v)
 
 
 # ---- density and its ramp ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("target", "interval", "rate"), [(0.2, 50, 0.03), (0.1, 30, 0.03), (0.125, 7, 0.25), (1.0, 1, 0.5)]
+    ("target", "interval", "rate"), [(0.2, 50, 0.03), (0.1, 30, 0.03), (0.1, 30, 0.1), (0.125, 7, 0.25), (1.0, 1, 0.5)]
 )
 def test_the_ramp_lands_on_its_target(target: float, interval: int, rate: float) -> None:
+    """Exactly: floor division of floats stops FastVideo's ramp at 0.22 for 0.2, as 0.8 // 0.03 is 26."""
     ramp = density_ramp(target, interval=interval, rate=rate)
     drops = math.ceil((1.0 - target) / rate - 1e-9)
     assert [ramp(step) for step in range(interval)] == [1.0] * interval

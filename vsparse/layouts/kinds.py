@@ -150,7 +150,7 @@ class TileLayout(Layout):
 
     Args:
         grid: The lattice.
-        tile: Frames, rows and columns of a tile.
+        tile: Frames, rows and columns of a tile; sizes beyond the grid mean the whole axis.
         block: Slots of a block; a tile takes ``ceil(prod(tile) / block)`` blocks. None: one block per tile.
 
     Raises:

@@ -17,7 +17,17 @@ from vsparse.patterns import Pattern, block_map
 from vsparse.schedule import Phase, Schedule
 from vsparse.state import RunState, Version
 
-__all__ = ["Call", "Method", "Paper", "Site", "SparseAttention", "check_density", "static_maps", "zero_linear"]
+__all__ = [
+    "Call",
+    "Method",
+    "Paper",
+    "Site",
+    "SparseAttention",
+    "check_density",
+    "given_hidden",
+    "static_maps",
+    "zero_linear",
+]
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -29,7 +39,8 @@ class Site:
         layer, layers: Index in the root, counted over all its stacks, and how many there are.
         dim: Width of the hidden states. heads, head_dim: of the attention.
         host: Family name in the host table.
-        offers: What the site can give a method: "hidden" (attention input), "time" (more than one frame).
+        offers: What the site can give a method: "hidden" (attention input), "time" (more than one frame, which
+            each call is asked for again).
     """
 
     root: str
@@ -292,6 +303,16 @@ def check_density(name: str, value: float) -> None:
     """Refuse a density outside (0, 1], NaN included."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
         raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
+
+
+def given_hidden(key: str, hidden: Tensor | None) -> Tensor:
+    """The attention input, for a method that cannot do without it."""
+    if hidden is None:
+        raise ValueError(
+            f"{key}: this call brings no attention input (what a site offers as 'hidden'), which the trained part "
+            "reads; choose a method that needs nothing of a site"
+        )
+    return hidden
 
 
 def zero_linear(inputs: int, outputs: int) -> nn.Linear:

@@ -15,7 +15,7 @@ from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Blocking, Layout, TileLayout
 from vsparse.methods import chance
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, given_hidden
 from vsparse.schedule import Phase
 from vsparse.state import Version
 
@@ -158,7 +158,7 @@ class DSVAttention(SparseAttention):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Predict, learn, choose, attend."""
         blocking, grid = call.blocking, call.grid
-        assert hidden is not None
+        hidden = given_hidden(self.method.key, hidden)
         if hidden.shape[1] != grid.video:
             raise ValueError(f"dsv: the attention input has {hidden.shape[1]} tokens, {grid} has {grid.video} of video")
         progress = self.state.read("progress").view(torch.float64)

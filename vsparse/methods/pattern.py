@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses as dc
 from typing import Any, ClassVar, Literal, cast
 
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from vsparse import ops
+from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid
 from vsparse.layouts import Layout, RasterLayout, TileLayout
 from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention
@@ -19,6 +22,17 @@ __all__ = ["StaticAttention", "StaticMethod", "StaticPattern"]
 @dc.dataclass(frozen=True, kw_only=True)
 class StaticMethod(Method):
     """A method whose map follows from the layout alone: it gives a layout and a `static_pattern`, nothing else."""
+
+    def static_map(self, layout: Layout, site: Site) -> BlockMap | None:
+        """The block form of `static_pattern`.
+
+        Raises:
+            ValueError: a query block that holds tokens sees no key on this grid.
+        """
+        found = super().static_map(layout, site)
+        if found is not None:
+            _refuse_empty_rows(self.key, found, layout)
+        return found
 
     def predicted_density(self, layout: Layout, site: Site) -> float:
         """Counted in the map; the mean over heads."""
@@ -32,6 +46,21 @@ class StaticMethod(Method):
         if isinstance(pattern, tuple) and len(pattern) != site.heads:
             raise ValueError(f"{self.key}: {len(pattern)} patterns for {site.name}, which has {site.heads} heads")
         return StaticAttention(self, site)
+
+
+def _refuse_empty_rows(key: str, blocks: BlockMap, layout: Layout) -> None:
+    """Attention over no key is 0, which no user of a pattern means. Read once for each layout, outside any trace."""
+    with torch.inference_mode(False), _disable_current_modes():
+        empty = (blocks.count == 0) & (layout.length > 0)
+        if not bool(empty.any()):
+            return
+        _, head, block = (int(i) for i in empty.nonzero()[0])
+        of_heads = f" of head {head}" if empty.shape[1] > 1 else ""
+        raise ValueError(
+            f"{key}: on {layout.grid} the pattern{of_heads} leaves {int(empty[0, head].sum())} of {layout.blocks} "
+            f"query blocks without a key, the first of them block {block}; add keys that every query has, such as "
+            "`| same_position` or `| KeyFrames(frames=(0,))`"
+        )
 
 
 class StaticAttention(SparseAttention):
@@ -62,7 +91,8 @@ class StaticPattern(StaticMethod):
             order decides how many blocks a pattern costs.
         break_at: "frame": in raster order, no block straddles two frames.
 
-    Joint text is always attended and its rows are full, whatever the pattern says.
+    Joint text is always attended and its rows are full, whatever the pattern says. A pattern that leaves a query block
+    of a video without any key is refused.
     """
 
     key: ClassVar[str] = "pattern"

@@ -47,7 +47,7 @@ class Radial(StaticMethod):
     Args:
         decay_factor: Published: 0.2 for Wan 2.1, 0.8 for Wan 2.2, 0.95 for HunyuanVideo.
         adjacent: Width of the band in the next frame, as a share of s: 0.5 for Wan, 1 for HunyuanVideo.
-        sink_frames: Leading frames that every query sees: 1 for Wan, 0 for HunyuanVideo.
+        sink_frames: Leading frames that every query sees: 1 for Wan, 0 for HunyuanVideo. A single frame is seen whole.
         least: Narrowest band; 128, the block of the published code.
         block: Slots of a block.
 

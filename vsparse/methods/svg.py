@@ -54,8 +54,9 @@ class SVG(Method):
     Args:
         density: Share of the token pairs that a band and the text take. Published: 0.3 for Wan 2.1 14B at 720p, 0.25
             for HunyuanVideo.
-        rows: Sampled queries (published: 32 to 64).
-        sink_frames: Leading frames that every query sees on top of its band: 1 for Wan, 0 for HunyuanVideo.
+        rows: Sampled queries (published: 32 to 64), at most all of the video.
+        sink_frames: Leading frames that every query sees on top of its band: 1 for Wan, 0 for HunyuanVideo. A video of
+            fewer frames is seen whole.
         block: Slots of a block.
         seed: Of the sampled queries.
 
@@ -65,7 +66,7 @@ class SVG(Method):
     Differs from the released code: the queries are drawn from the whole video, one from each of ``rows`` equal parts,
     instead of from its first 10 000 tokens; they are tried under exactly the blocks that are computed afterwards,
     instead of bands of a fixed other width; both bands stand in raster order, where the temporal one is a band in every
-    pair of frames, so that no head is transposed; any batch, grid and text.
+    pair of frames, so that no head is transposed; any batch, grid and text. On a single frame the bands are one.
     """
 
     key: ClassVar[str] = "svg"

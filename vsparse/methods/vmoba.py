@@ -29,12 +29,13 @@ class VMoBA(Method):
     attends to its own chunk and to the chunks whose mean key fits its query best (unscaled ``q . mean(k)``).
 
     Args:
-        frames: Latent frames of a 1-D chunk. patch: rows and columns of a 2-D chunk. cube: of a 3-D chunk.
+        frames: Latent frames of a 1-D chunk. patch: rows and columns of a 2-D chunk. cube: of a 3-D chunk. What is
+            larger than the grid is clipped to it.
         select: "top_k" or "threshold".
         scope: Over what tokens compete. "query_head": the chunks of one token and head; "head_global": all tokens and
             chunks of a head; "overall": all heads, too; "block": all tokens and heads of a chunk (threshold only).
-        top_k: Chunks per token, own chunk included, for the 1-D, 2-D and 3-D partition. In a wider scope ``k`` times
-            the number of tokens pairs are shared out.
+        top_k: Chunks per token, own chunk included, for the 1-D, 2-D and 3-D partition; at most all. In a wider scope
+            ``k`` times the number of tokens pairs are shared out.
         threshold: Share of the min-max normalised similarity to keep, own chunk included.
 
     Defaults are the published training-free ones for 21 x 30 x 52 (81 frames at 480 x 832): local top-k, first quarter

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from vsparse import ops, select
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Layout, TileLayout
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, zero_linear
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, given_hidden, zero_linear
 from vsparse.schedule import Phase
 
 __all__ = ["VSA", "VideoSparseAttention", "density_ramp"]
@@ -103,7 +103,7 @@ class VideoSparseAttention(SparseAttention):
     def combine(self, fine: Tensor, aux: tuple[Tensor, ...], hidden: Tensor | None, call: Call) -> Tensor:
         """Add the gated coarse branch to the video tokens."""
         grid = call.grid
-        assert hidden is not None
+        hidden = given_hidden(self.method.key, hidden)
         if hidden.shape[1] != grid.video:
             raise ValueError(f"vsa: the attention input has {hidden.shape[1]} tokens, {grid} has {grid.video} of video")
         gate = self.to_gate_compress(hidden).unflatten(-1, fine.shape[2:])
