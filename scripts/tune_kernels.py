@@ -2,7 +2,8 @@
 
 For each kernel, head dimension and block (of queries and of keys alike), beside the shipped configuration: tiles of
 64 or 128 rows, no larger than the block; 1 to 4 stages; 4 warps with no cap, 128 or 168 registers (not for 128 x 128,
-whose logits alone take 128), 8 warps with no cap or 128 (with 168 no second program fits, as with none).
+whose logits alone take 128), 8 warps with no cap or 128 (with 168 no second program fits, as with none). For the
+forward on Hopper and later, each also with K and V read through tensor descriptors.
 
 Each is first checked by the law, in processes that leave the code in the compiler's cache: ragged ends, empty and full
 rows, NaN in keys that nobody keeps, poisoned outputs, the same bits twice. What does not compile, does not fit or is
@@ -80,27 +81,37 @@ class Trial(Row):
     warps: int
     stages: int
     registers: int | None
+    tma: bool = False
 
     @property
     def label(self) -> str:
-        return f"{self.bm}x{self.bn} w{self.warps} s{self.stages}{f' r{self.registers}' if self.registers else ''}"
+        cap = f" r{self.registers}" if self.registers else ""
+        return f"{self.bm}x{self.bn} w{self.warps} s{self.stages}{cap}{' tma' * self.tma}"
 
     def choice(self, device: torch.device) -> str:
         """The row of `tuning.py` that would make this the shipped configuration."""
         (step, arch, width, *_), cap = self.key(device), f", registers={self.registers}" if self.registers else ""
-        row = f"Choice({self.bm}, {self.warps}, {self.stages}, {tuning.limits(*self.key(device))}{cap})"
+        row = f"Choice({self.bm}, {self.warps}, {self.stages}, {tuning.limits(*self.key(device), self.tma)}{cap})"
         tall, tile = "tall" if self.block > 64 else "not tall", "" if self.bn == 64 else f"; BN {self.bn}, now 64"
+        if self.tma:
+            step, tile = f"{step}_tma", f"{tile}; a row of DESCRIPTORS"
         return f"_{step}, arch {arch}, columns {width.D1 + width.D2}, {tall}: {row}{tile}"
 
 
 def trials(row: Row, session: Session) -> list[Trial]:
-    """The shipped configuration, then the candidates, those with the fewest changes first; two tiny ones when dry."""
+    """The shipped configuration, that of the table with descriptors, then candidates, the fewest changes first;
+    few and tiny ones when dry.
+    """
     first = dc.astuple(tuning.config(*row.key(session.device)))
     sizes = [size for size in (64, 128) if size <= row.block]
     every = itertools.product(sizes, sizes, (4, 8), (1, 2, 3, 4), (None, 128, 168))
     found = [x for x in every if (x[2], x[4]) != (8, 168) and x[:3] != (128, 128, 4)]
-    found = dict.fromkeys([first, *([(32, 64, 4, 1, None), (64, 32, 4, 2, 128)] if session.dry else found)])
-    ordered = sorted(found, key=lambda x: sum(a != b for a, b in zip(x, first, strict=True)))
+    found = [(32, 64, 4, 1, None), (64, 32, 4, 2, 128)] if session.dry else found
+    described = dc.astuple(tuning.config(*row.key(session.device), True))
+    kinds = (False, True) if described[-1] else (False,)
+    found = dict.fromkeys([first, described, *((*x, tma) for tma in kinds for x in found)])
+    changes = {x: sum(a != b for a, b in zip(x, first, strict=True)) for x in found}
+    ordered = sorted(found, key=lambda x: (x != first, x != described, changes[x]))
     return [Trial(*dc.astuple(row), *config) for config in ordered]
 
 
@@ -138,6 +149,8 @@ def examine(trial: Trial, device: torch.device, *, tiny: bool) -> dict[str, Any]
 
     def judge() -> str:
         given, truth, working = known(trial.width, trial.block, 3 if tiny else 16, device)
+        if trial.tma and (against := launch.undescribed_keys(*given.planted[1:], given.blocks, trial.bn)):
+            raise NotImplementedError("; ".join(against))
         made = out, lse = working[0]["out"], working[0]["lse"]
         weights = given.weights[0].to(out.dtype), torch.where(lse.isfinite(), given.weights[1], 0).to(lse.dtype)
         runs = []
@@ -173,12 +186,14 @@ def time_row(session: Session, row: Row, right: list[Trial], shape: Any, seconds
             run(row.step, made.sets[i], forwards[i], (made.gradients[i], None), blocks)
         return noted
 
-    # Pointers and strides of each input set do not depend on the configuration, so that outputs are shared.
+    # Pointers and strides of each input set do not depend on the configuration, so that outputs are shared; descriptors
+    # of K and V, which stand among the options, do.
     args = [record(right[0], i)[1] for i in range(len(made.sets))]
 
     def replay(trial: Trial) -> Callable[[int], None]:
-        grid, _, options = record(trial, 0)
-        return lambda i: compiled.update({trial.label: kernel[grid](*args[i % len(args)], **options)})
+        noted = [record(trial, i) for i in range(len(args) if trial.tma else 1)]
+        grid, options = noted[0][0], [each[2] for each in noted]
+        return lambda i: compiled.update({trial.label: kernel[grid](*args[i % len(args)], **options[i % len(options)])})
 
     runs, found = [Candidate(trial.label, replay(trial)) for trial in right], {}
     if len(runs) > FINAL + 1:

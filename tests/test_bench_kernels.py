@@ -63,8 +63,12 @@ def test_dry_run_goes_through_every_stage(dry: tuple[Path, str]) -> None:
     report = json.loads((dry[0] / "bench_kernels.json").read_text())
     wanted = ["ceilings", "correctness", "properties", "forward", "backward", "parts", "search", "baselines"]
     assert {name: stage["words"] for name, stage in report["stages"].items()} == dict.fromkeys(wanted, "")
-    assert {row["status"] for row in report["correctness"]} == {"pass"}
-    assert {row["variant"] for row in report["correctness"]} == {"", "bias", "full"}
+    checked = {row["variant"]: row["status"] for row in report["correctness"]}
+    assert {row["status"] for row in report["correctness"] if row["variant"] != "descriptors"} == {"pass"}
+    assert checked == {"": "pass", "bias": "pass", "full": "pass", "descriptors": "not measured"}
+    for name, words in (("forward", "needs a CUDA device"), ("backward", "the backward has none")):
+        assert {row["descriptors"]["status"] for row in report[name]} == {"refused"}
+        assert words in report[name][0]["descriptors"]["words"]
     assert all(
         row["status"] == "measured" for name in ("forward", "backward", "parts", "search") for row in report[name]
     )
@@ -136,6 +140,26 @@ def test_a_wrong_kernel_is_refused_for_timing(step: str, bench: Any, tmp_path: P
     assert "was not checked" in rows[-1]["words"]
     session.report.write()
     assert "refused" in (tmp_path / "bench_kernels.md").read_text()
+
+
+def test_descriptors_are_timed_beside_the_shipped_kernel_once_they_are_right(bench: Any, tmp_path: Path) -> None:
+    session, samples, sweeps = checked(bench, tmp_path), bench("samples"), bench("sweeps")
+    case = samples.Case("attention", 64, 64, 64, "bfloat16", "descriptors")
+    assert "needs a CUDA device" in session.verdicts.found[case]["forward"]
+    group = bench("plan").tiny_groups()[0]
+    session.report.data["ceilings"] = {name: {"value": 1e12, "unit": "/s"} for name in ("matrix", "copy")}
+    assert {row["descriptors"]["status"] for row in sweeps.measure(session, group, "forward")} == {"refused"}
+    session.verdicts.found[case] = {"forward": "", "backward": "", "errors": {}}
+    rows = sweeps.measure(session, group, "forward")
+    for row in rows:
+        assert row["status"] == row["descriptors"]["status"] == "measured"
+        assert row["descriptors"]["ratio"] == pytest.approx(row["ms"] / row["descriptors"]["ms"])
+        assert "by descriptors" in sweeps.line(row)
+    session.report.data["forward"] = rows
+    assert "ms by descriptors" in session.report.markdown()
+    session.verdicts.found[case] = {"forward": "out: error", "backward": "", "errors": {}}
+    assert session.verdicts.refusal(64, (64, 64), torch.bfloat16, "forward") == ""
+    assert session.verdicts.descriptors(64, (64, 64), torch.bfloat16) == "out: error"
 
 
 def test_a_check_that_kills_its_process_is_a_verdict(bench: Any) -> None:

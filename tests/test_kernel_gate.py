@@ -92,6 +92,16 @@ def test_breaches_are_told_in_words(change: dict[str, Any], words: str | None) -
         assert words in found[0]
 
 
+def test_descriptors_must_be_there_where_they_are_asked_for() -> None:
+    case = dc.replace(CASE, variant="tma")
+    asked = limits.limits_of(case)
+    assert asked.tma
+    assert not limits.limits_of(CASE).tma
+    good = dc.replace(GOOD, occupancy=asked.occupancy, copies=0, slack=0, tma=2)
+    assert limits.judged(case, good) == []
+    assert limits.judged(case, dc.replace(good, tma=0)) == ["no copies by tensor descriptors (UTMALDG)"]
+
+
 def test_limits_can_allow() -> None:
     loose = tuning.Limits(occupancy=1, spill=32, narrow=1, serial=True)
     worse = dc.replace(GOOD, occupancy=1, spill=32, local=9, narrow=1, serial=True, slack=0)

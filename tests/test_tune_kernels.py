@@ -65,11 +65,12 @@ def test_dry_run_times_every_kernel_and_says_what_it_is_worth(tmp_path: Path) ->
         assert row["ratio"] >= 1.0
         assert row["behind"] == (row["ratio"] > 1.03) == bool(row["write"])
     assert {trial["status"] for trial in report["trials"]} == {"timed"}
+    assert {trial["step"] for trial in report["trials"] if trial["tma"]} == {"attend"}
     assert all(0.0 <= share <= 1.0 for trial in report["trials"] for share in trial["errors"].values())
     table = (tmp_path / "tune_kernels.txt").read_text()
     assert table in done.stdout
     figures = [line for line in done.stdout.splitlines() if line.startswith(("attend", "grad", "[", "  _"))]
-    assert len(figures) >= 3 + 9 + 3
+    assert len(figures) >= 3 + 12 + 3
     assert all(DRY in line for line in figures)
 
 
@@ -79,13 +80,13 @@ def test_a_wrong_candidate_is_never_timed(tmp_path: Path) -> None:
     done = run("-c", SPOILED, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     report = found(tmp_path)
-    states = {(trial["bm"], trial["bn"]): trial["status"] for trial in report["trials"]}
-    assert states == {(64, 64): "timed", (64, 32): "timed", (32, 64): "refused"}
-    (wrong,) = [trial for trial in report["trials"] if trial["status"] == "refused"]
-    assert wrong["words"].startswith("out: error ")
-    assert "ms" not in wrong
-    finals = {(trial["bm"], trial["bn"]): trial["final"] for trial in report["trials"] if trial is not wrong}
-    assert finals == {(64, 64): True, (64, 32): False}
+    states = {(trial["bm"], trial["bn"], trial["tma"]): trial["status"] for trial in report["trials"]}
+    right = {(64, 64, False): True, (64, 64, True): False, (64, 32, False): False, (64, 32, True): False}
+    assert states == dict.fromkeys(right, "timed") | dict.fromkeys([(32, 64, False), (32, 64, True)], "refused")
+    wrong = [trial for trial in report["trials"] if trial["status"] == "refused"]
+    assert all(trial["words"].startswith("out: error ") and "ms" not in trial for trial in wrong)
+    finals = {(x["bm"], x["bn"], x["tma"]): x["final"] for x in report["trials"] if x not in wrong}
+    assert finals == right
     assert report["rows"][0]["best"] == report["rows"][0]["shipped"]
 
 

@@ -34,12 +34,14 @@ class Implementation(NamedTuple):
         run: The callable; its signature is the op's.
         unsupported: Called with the same arguments, returns the reasons why this call cannot run (empty: it can).
             It must not read tensor values.
+        notes: Called likewise for a call that can run: what it does without, and why. ``vsparse doctor`` prints it.
     """
 
     name: str
     device: str
     run: Callable[..., Any]
     unsupported: Callable[..., list[str]]
+    notes: Callable[..., list[str]] | None = None
 
 
 _TABLE: dict[str, list[tuple[int, Implementation]]] = {}

@@ -344,6 +344,8 @@ def doctor() -> None:
     console.print(tables.ops_table(verdicts))
     for reason, calls in work.reasons(verdicts).items():
         console.print(f"{calls}: {reason}", style="yellow", markup=False, highlight=False)
+    for note, calls in work.notes(verdicts).items():
+        console.print(f"{calls}: {note}", style="dim", markup=False, highlight=False)
 
 
 @app.command(rich_help_panel=INSIDE)

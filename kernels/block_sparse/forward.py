@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vsparse.kernels.tiles import LN2, absorb, from_natural, load_rows, load_tile, store_tile, to_natural
+from vsparse.kernels.tiles import LN2, absorb, copy_rows, from_natural, load_tile, store_tile, to_natural
 
 
 @triton.jit
@@ -56,6 +56,10 @@ def attend(
     Q_SLOTS,
     K,
     M,
+    d_k1,
+    d_k2,
+    d_v1,
+    d_v2,
     BQ: tl.constexpr,
     BK: tl.constexpr,
     BM: tl.constexpr,
@@ -68,6 +72,7 @@ def attend(
     BIAS: tl.constexpr,
     SKIP: tl.constexpr,
     NATURAL: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """``out = softmax(scale q k^T + bias) v`` over the listed blocks, and its natural-log LSE.
 
@@ -75,7 +80,8 @@ def attend(
     step's block and the number of the block after it. Both are carried in variables, so that the copies of K and V wait
     for no other load, and Triton does not take the small loads into its copy pipeline. The running maximum ``m``, the
     sum ``l`` and the accumulator follow FlashAttention-2 (arXiv 2307.08691, algorithm 1). ``scale`` and ``skip`` come
-    in the base of NATURAL.
+    in the base of NATURAL. With TMA, tiles of K and V are read through the descriptors ``d_k1`` to ``d_v2``, of their
+    D1 and of their D2 columns (None otherwise); K then has no starts, and BN divides BK.
     """
     Q_TILES: tl.constexpr = (BQ + BM - 1) // BM
     K_TILES: tl.constexpr = (BK + BN - 1) // BN
@@ -131,11 +137,11 @@ def attend(
         i_ahead = tl.minimum((i_step + 2) // K_TILES, last)
         i_ahead = tl.load(p_list + i_ahead, mask=i_ahead < listed, other=i_ahead)
         # [BN, D]
-        b_k = load_rows(p_k, slot, n_keys, s_ks, s_kd, BN, 0, D1, D, WHOLE_K)
+        b_k = copy_rows(d_k1, p_k, i_b, i_h, slot, n_keys, s_ks, s_kd, BN, 0, D1, D, WHOLE_K, TMA)
         # [BM, BN]
         b_s = tl.dot(b_q1, tl.trans(b_k), input_precision=PRECISION)
         if D2 > 0:
-            b_k = load_rows(p_k, slot, n_keys, s_ks, s_kd, BN, D1, D2, D, WHOLE_K)
+            b_k = copy_rows(d_k2, p_k, i_b, i_h, slot, n_keys, s_ks, s_kd, BN, D1, D2, D, WHOLE_K, TMA)
             b_s = tl.dot(b_q2, tl.trans(b_k), b_s, input_precision=PRECISION)
         if n_keys < BN:
             b_s = tl.where(o_n[None, :] < n_keys, b_s, -float("inf"))
@@ -147,10 +153,10 @@ def attend(
         if SKIP:
             near = tl.max(tl.where(o_m < n_rows, b_below, -float("inf")), 0) > -skip
         if near:
-            b_v = load_rows(p_v, slot, n_keys, s_vs, s_vd, BN, 0, D1, D, WHOLE_K)
+            b_v = copy_rows(d_v1, p_v, i_b, i_h, slot, n_keys, s_vs, s_vd, BN, 0, D1, D, WHOLE_K, TMA)
             b_out1 = tl.dot(b_p.to(b_v.dtype), b_v, b_out1, input_precision=PRECISION)
             if D2 > 0:
-                b_v = load_rows(p_v, slot, n_keys, s_vs, s_vd, BN, D1, D2, D, WHOLE_K)
+                b_v = copy_rows(d_v2, p_v, i_b, i_h, slot, n_keys, s_vs, s_vd, BN, D1, D2, D, WHOLE_K, TMA)
                 b_out2 = tl.dot(b_p.to(b_v.dtype), b_v, b_out2, input_precision=PRECISION)
 
     b_norm = tl.where(b_l > 0, b_l, 1.0)

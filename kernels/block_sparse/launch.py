@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
 import math
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from vsparse.blocks import BlockMap
-from vsparse.kernels.tiles import LOG2E, Width, architecture, lanes, map_lanes, on_its_device, reasons, strides
+from vsparse.kernels.tiles import (
+    LOG2E,
+    Width,
+    architecture,
+    described,
+    lanes,
+    map_lanes,
+    on_its_device,
+    reasons,
+    strides,
+    undescribed,
+)
 
 from .backward import grad_keys, grad_queries, prepare
 from .forward import attend
 from .transpose import transpose
-from .tuning import config
+from .tuning import Config, config
 
 __all__ = ["block_sparse_attention", "block_sparse_attention_backward", "unsupported", "unsupported_backward"]
 
@@ -31,7 +44,7 @@ def unsupported(
     if skip_threshold is not None:
         if not skip_threshold >= 0:
             found.append(f"{skip_threshold=}: it must be at least 0")
-        chosen = config("attend", architecture(q.device), Width.of(q.shape[-1]), *_sizes(blocks), q.element_size())
+        chosen = chosen_for(q, k, v, blocks)
         if (chosen.bm, chosen.bn) != _sizes(blocks):
             found.append(f"skip_threshold needs one tile per block pair, and blocks of {_sizes(blocks)} take several")
     return found
@@ -51,6 +64,54 @@ def unsupported_backward(
 ) -> list[str]:
     """Why the backward kernels cannot run this; empty when they can."""
     return unsupported(q, k, v, blocks, scale=scale)
+
+
+def undescribed_keys(k: Tensor, v: Tensor, blocks: BlockMap, rows: int) -> list[str]:
+    """Why K and V cannot be read through tensor descriptors in tiles of this many rows; empty when they can."""
+    found = undescribed({"k": k, "v": v})
+    if k.element_size() == 4:
+        found.append(f"{k.dtype} would spill registers")
+    if blocks.k.start is not None:
+        found.append("key blocks that have starts may overlap, and end anywhere")
+    if blocks.k.block % rows:
+        found.append(f"key blocks of {blocks.k.block} slots are no whole number of tiles of {rows} rows")
+    return found
+
+
+def chosen_for(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap) -> Config:
+    """The configuration of the forward: with tensor descriptors only where these tensors have them."""
+    sizes = architecture(q.device), Width.of(q.shape[-1]), *_sizes(blocks), q.element_size()
+    chosen = config("attend", *sizes)
+    if chosen.tma and undescribed_keys(k, v, blocks, chosen.bn):
+        return dc.replace(config("attend", *sizes, False), tma=False)
+    return chosen
+
+
+def notes(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap, *, scale: float, skip_threshold: float | None = None
+) -> list[str]:
+    """Why the forward reads K and V through pointers; empty when it reads them through tensor descriptors."""
+    if unsupported(q, k, v, blocks, scale=scale, skip_threshold=skip_threshold) or chosen_for(q, k, v, blocks).tma:
+        return []
+    sizes = architecture(q.device), Width.of(q.shape[-1]), *_sizes(blocks), q.element_size()
+    asked = config("attend", *sizes, True)
+    found = undescribed_keys(k, v, blocks, asked.bn)
+    if asked.tma and not config("attend", *sizes).tma:
+        found.append("they were not measured to be faster")
+    if not asked.tma and not found:
+        found.append(f"no configuration with them for compute capability {sizes[0] // 10}.{sizes[0] % 10}")
+    return [f"no tensor descriptors: {words}" for words in found]
+
+
+def _descriptors(k: Tensor, v: Tensor, width: Width, chosen: Config) -> dict[str, Any]:
+    """Keyword arguments of `attend`: so the others are the same with and without descriptors."""
+    made = {"d_k1": None, "d_k2": None, "d_v1": None, "d_v2": None}
+    if chosen.tma:
+        parts = (width.D1, width.D2) if width.D2 else (width.D1,)
+        made |= {
+            f"d_{n}{i}": described(x, chosen.bn, c) for n, x in (("k", k), ("v", v)) for i, c in enumerate(parts, 1)
+        }
+    return made
 
 
 def _sizes(blocks: BlockMap) -> tuple[int, int]:
@@ -74,7 +135,7 @@ def block_sparse_attention(
     """Implements `vsparse.reference.block_sparse_attention`."""
     batch, slots, heads, d = q.shape
     width, (bq, bk) = Width.of(d), _sizes(blocks)
-    chosen = config("attend", architecture(q.device), width, bq, bk, q.element_size())
+    chosen = chosen_for(q, k, v, blocks)
     # With starts there may be slots of no block, which no program writes.
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if blocks.q.start is None else q.new_zeros(q.shape)
     fill = torch.empty if blocks.q.start is None else _nothing
@@ -92,7 +153,7 @@ def block_sparse_attention(
         BQ=bq, BK=bk, BM=chosen.bm, BN=chosen.bn, D=d, D1=width.D1, D2=width.D2,
         STARTS_Q=blocks.q.start is not None, STARTS_K=blocks.k.start is not None,
         BIAS=blocks.key_bias is not None, SKIP=skip_threshold is not None, NATURAL=natural(q.dtype),
-        **chosen.options,
+        TMA=chosen.tma, **_descriptors(k, v, width, chosen), **chosen.options,
     )  # fmt: skip
     return out, lse
 

@@ -25,6 +25,7 @@ class Config:
     Args:
         bm: Query rows of a tile. bn: key rows of a tile. warps: per program. stages: depth of the copy pipeline.
         registers: Most registers per thread; None: the compiler's choice.
+        tma: Whether tiles of K and V are read through tensor descriptors (`attend` only, Hopper and later).
     """
 
     bm: int
@@ -32,6 +33,7 @@ class Config:
     warps: int
     stages: int
     registers: int | None = None
+    tma: bool = False
 
     @property
     def options(self) -> dict[str, int]:
@@ -50,6 +52,7 @@ class Limits:
         spill: Most bytes that a thread may spill.
         narrow: Most copies of a loop step that move fewer than 16 bytes.
         serial: Whether the assembler may put a wait behind every product of a warp group.
+        tma: Whether there must be copies by tensor descriptors.
     """
 
     occupancy: int = 1
@@ -57,6 +60,7 @@ class Limits:
     spill: int = 0
     narrow: int = 0
     serial: bool = False
+    tma: bool = False
 
 
 @dc.dataclass(frozen=True)
@@ -118,6 +122,26 @@ def _grad_keys(arch: int, columns: int, tall: bool) -> Choice:
     return Choice(64, 4, 2, Limits(2, narrow=1, spill=0 if columns == 64 else 32 if arch == 80 else 64))
 
 
+def _attend_tma(arch: int, columns: int, tall: bool) -> Choice:
+    """`attend` with tensor descriptors, for sm_90 and sm_100. Copies are waited for by barriers: there is no slack."""
+    if arch == 100:
+        if tall:
+            return Choice(128, 8, 2, Limits(1 if columns == 128 else 2, spill=8 if columns in (80, 96) else 0))
+        fits = {64: 4, 80: 4, 96: 3, 128: 2}[columns]
+        return Choice(64, 4, 2, Limits(fits, spill=8 if columns == 128 else 0))  # with a bias per key block
+    if tall:
+        if columns == 128:
+            return Choice(128, 8, 2, Limits(2, serial=True), registers=128)
+        return Choice(128, 8, 3, Limits(2), registers=128)
+    if columns == 128:
+        # No copy runs ahead: three other programs fill the gap. To be timed against three stages and two programs.
+        return Choice(64, 4, 1, Limits(4), registers=128)
+    return Choice(64, 4, 2, Limits(3 if columns == 96 else 4))
+
+
+# (architecture, columns, whether tiles have 128 rows) of `attend` for which descriptors were measured to be faster.
+DESCRIPTORS: frozenset[tuple[int, int, bool]] = frozenset()
+
 _TABLES = {"attend": _attend, "grad_queries": _grad_queries, "grad_keys": _grad_keys}
 
 
@@ -128,31 +152,43 @@ def _family(arch: int) -> int:
     return arch if arch in (80, 90) else 89
 
 
-def _choice(step: str, arch: int, width: Width, q_block: int, k_block: int, itemsize: int) -> tuple[Config, Limits]:
-    columns = width.D1 + width.D2
+def _choice(
+    step: str, arch: int, width: Width, q_block: int, k_block: int, itemsize: int, tma: bool | None
+) -> tuple[Config, Limits]:
+    columns, tall, family = width.D1 + width.D2, tile_rows(q_block, 128) == 128, _family(arch)
+    if tma is None:
+        tma = (family, columns, tall) in DESCRIPTORS
+    # float32 would spill. An unknown architecture takes them: that is the interpreter.
+    tma = tma and step == "attend" and itemsize == 2 and (family in (90, 100) or arch == 0)
     if itemsize == 4:
         # Products in full float32 run without tensor cores and keep whole rows in registers.
         side = 32 if columns <= 128 else 16
         kept = Limits(spill=0 if columns <= 128 else 16)
         return Config(tile_rows(q_block, side), tile_rows(k_block, side), 4 if columns <= 64 else 8, 1), kept
     if columns > 128:
-        return Config(tile_rows(q_block, 64 if step == "attend" else 32), tile_rows(k_block, 32), 4, 1), Limits()
-    tall = tile_rows(q_block, 128) == 128
-    chosen = _TABLES[step](_family(arch), max(columns, 64), tall)
+        rows = tile_rows(q_block, 64 if step == "attend" else 32)
+        return Config(rows, tile_rows(k_block, 32), 4, 1, tma=tma), Limits(tma=tma)
+    table = _attend_tma if tma else _TABLES[step]
+    chosen = table(90 if tma and arch == 0 else family, max(columns, 64), tall)
     bm, bn = tile_rows(q_block, chosen.rows), tile_rows(k_block, 64)
-    return Config(bm, bn, chosen.warps, chosen.stages, chosen.registers), chosen.limits
+    return Config(bm, bn, chosen.warps, chosen.stages, chosen.registers, tma), dc.replace(chosen.limits, tma=tma)
 
 
-def config(step: str, arch: int, width: Width, q_block: int, k_block: int, itemsize: int) -> Config:
+def config(
+    step: str, arch: int, width: Width, q_block: int, k_block: int, itemsize: int, tma: bool | None = None
+) -> Config:
     """The configuration of a kernel.
 
     Args:
         step: One of `PASSES`. arch: 80, 89, 90, ...; 0: unknown, the smallest is chosen. width: head dimension.
         q_block, k_block: BQ and BK of the map. itemsize: bytes of an element of q.
+        tma: Whether to read through tensor descriptors, where kernel and architecture can; None: as `DESCRIPTORS` says.
     """
-    return _choice(step, arch, width, q_block, k_block, itemsize)[0]
+    return _choice(step, arch, width, q_block, k_block, itemsize, tma)[0]
 
 
-def limits(step: str, arch: int, width: Width, q_block: int, k_block: int, itemsize: int) -> Limits:
+def limits(
+    step: str, arch: int, width: Width, q_block: int, k_block: int, itemsize: int, tma: bool | None = None
+) -> Limits:
     """What the code compiled for `config` of the same arguments must keep to, for blocks of at least 64 slots."""
-    return _choice(step, arch, width, q_block, k_block, itemsize)[1]
+    return _choice(step, arch, width, q_block, k_block, itemsize, tma)[1]

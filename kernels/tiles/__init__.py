@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from .descriptors import described, undescribed
 from .host import Width, architecture, lanes, map_lanes, on_its_device, reasons, strides, tile_rows
 from .language import (
     LN2,
     LOG2E,
     absorb,
+    copy_rows,
     from_natural,
     gather_tile,
     load_rows,
@@ -23,6 +25,8 @@ __all__ = [
     "Width",
     "absorb",
     "architecture",
+    "copy_rows",
+    "described",
     "from_natural",
     "gather_tile",
     "lanes",
@@ -37,4 +41,5 @@ __all__ = [
     "strides",
     "tile_rows",
     "to_natural",
+    "undescribed",
 ]

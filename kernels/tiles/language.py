@@ -71,6 +71,35 @@ def load_rows(
 
 
 @triton.jit
+def copy_rows(
+    d_matrix,
+    p_matrix,
+    i_b,
+    i_h,
+    i_first,
+    n_rows,
+    s_row,
+    s_d,
+    ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D: tl.constexpr,
+    WHOLE: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """`load_rows` of one sample and head; with TMA through the descriptor ``d_matrix``, which `described` made.
+
+    A descriptor reads every row of the tile, whatever ``n_rows`` is: TMA promises what WHOLE does. Columns past D and
+    rows past the tensor become zeros. The two leading dimensions have one element, so that the reshape costs nothing.
+    """
+    if TMA:
+        b_tile = tl.reshape(d_matrix.load([i_b, i_h, i_first, FIRST]), [ROWS, COLUMNS])
+    else:
+        b_tile = load_rows(p_matrix, i_first, n_rows, s_row, s_d, ROWS, FIRST, COLUMNS, D, WHOLE)
+    return b_tile
+
+
+@triton.jit
 def power(b_x, NATURAL: tl.constexpr):
     """e or 2 to the power of x. Base 2 saves a product per element; base e keeps the last bits of float32 logits."""
     if NATURAL:

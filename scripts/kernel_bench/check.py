@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 import vsparse
 from vsparse import reference
 
+from . import descriptors
 from .check_ops import mass, merge, order, pool, selection
 from .clock import attempt
 from .inputs import synchronize
@@ -84,6 +86,9 @@ def attention(case: Case, device: torch.device, tokens: tuple[int, int]) -> dict
     Errors are shares of what the law allows, and relative to the truth. A second run must give the same bits.
     """
     given = sample(case, device, tokens)
+    described = case.variant == descriptors.VARIANT
+    if described and (against := descriptors.against(*given.planted, given.blocks)):
+        raise NotImplementedError(against)
     truth = _plain(given, torch.float64)
     working = [_plain(given, given.clean[0].dtype)]
     working.append(_formula(given, working[0]))
@@ -91,7 +96,8 @@ def attention(case: Case, device: torch.device, tokens: tuple[int, int]) -> dict
         working.append(_fused(given))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return vsparse.block_sparse_attention(q, k, v, given.blocks)
+        with descriptors.forced() if described else contextlib.nullcontext():
+            return vsparse.block_sparse_attention(q, k, v, given.blocks)
 
     names = {"forward": ("out", "lse"), "backward": ("dq", "dk", "dv")}
     words, errors, relative = dict.fromkeys(STEPS, ""), {}, {}

@@ -105,7 +105,7 @@ class Report:
         def cells(x: dict[str, Any]) -> list[Any]:
             head = [x["slots"], x["heads"], x["head_dim"], "x".join(map(str, x["block"])), x["asked_density"]]
             if x["status"] != "measured":
-                return [*head, *["–"] * 6, f"{x['status']}: {x['words']}"]
+                return [*head, *["–"] * 7, f"{x['status']}: {x['words']}"]
             dense = ", ".join(
                 f"{y['name']} {y['tflops']:.0f} ({y['timed_heads']} heads)"
                 if not y["words"]
@@ -113,10 +113,11 @@ class Report:
                 for y in x["dense"]
             )
             figures = [x["ms"], x["tflops"], x["of_matrix"], x["target"], x["floor_ms"] / x["ms"], x["times_dense"]]
+            figures.append(x["descriptors"].get("ms", "–"))
             return [*head, *figures, dense]
 
         header = ["S", "H", "D", "block", "density", "ms", "TFLOP/s", "of ceiling", "target", "floor / time"]
-        return table([*header, "x dense", "dense TFLOP/s"], map(cells, rows))
+        return table([*header, "x dense", "ms by descriptors", "dense TFLOP/s"], map(cells, rows))
 
     def _parts(self) -> list[str]:
         lines = []

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vsparse import Blocking, BlockMap, reference
 
+from . import descriptors
 from .inputs import generator
 from .plan import BLOCKS, GATHERED
 
@@ -25,7 +26,8 @@ class Case:
 
     Args:
         kind: "attention" or one of `OPS`. width: D. q_block, k_block: BQ, BK. dtype: name in torch.
-        variant: "", "bias" (a key_bias), "starts" (ragged starts) or "full" (every row full, no lists).
+        variant: "", "bias" (a key_bias), "starts" (ragged starts), "full" (every row full, no lists) or "descriptors"
+            (the forward reads K and V through them).
     """
 
     kind: str
@@ -50,7 +52,18 @@ def cases() -> list[Case]:
     gathered = [Case("attention", 128, *block, "bfloat16") for block in GATHERED]
     gathered += [Case("attention", 128, 64, 1, "bfloat16", v) for v in VARIANTS]
     gathered += [Case("attention", 64, *block, d) for block in GATHERED for d in DTYPES]
-    return [*found[: 2 * len(BLOCKS)], *search, *gathered, *variants, *found[2 * len(BLOCKS) :]]
+    described = [
+        Case("attention", x, *block, "bfloat16", descriptors.VARIANT) for x in (128, 64, 80) for block in BLOCKS
+    ]
+    return [
+        *found[: 2 * len(BLOCKS)],
+        *described[: 2 * len(BLOCKS)],
+        *search,
+        *gathered,
+        *variants,
+        *found[2 * len(BLOCKS) :],
+        *described[2 * len(BLOCKS) :],
+    ]
 
 
 def tiny_cases() -> list[Case]:
@@ -59,6 +72,7 @@ def tiny_cases() -> list[Case]:
         Case("attention", 80, 128, 64, "bfloat16"),
         Case("attention", 64, 64, 64, "float32", "bias"),
         Case("attention", 64, 64, 64, "bfloat16", "full"),
+        Case("attention", 64, 64, 64, "bfloat16", descriptors.VARIANT),
         Case("attention", 64, 64, 1, "bfloat16"),
         *(Case(kind, 64, 64, 64, "bfloat16") for kind in OPS),
     ]

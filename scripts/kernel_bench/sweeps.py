@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vsparse
 
-from . import plan
+from . import descriptors, plan
 from .clock import Candidate, Timing, attempt, interleaved
 from .inputs import Inputs, Triple, executed_pairs, make, random_map
 from .plan import Group, Step
@@ -102,6 +102,23 @@ def _sparse(inputs: Inputs, blocks: vsparse.BlockMap, step: Step) -> Callable[[i
     return made or _failing(words)
 
 
+def _described(inputs: Inputs, blocks: vsparse.BlockMap) -> Callable[[int], Any]:
+    call = _sparse(inputs, blocks, "forward")
+
+    def forced(i: int) -> Any:
+        with descriptors.forced():
+            return call(i)
+
+    return forced
+
+
+def _beside(timing: Timing, described: Timing | None, refusal: str) -> dict[str, Any]:
+    """The forward with tensor descriptors beside the shipped one; ``ratio``: time of the shipped one over its time."""
+    if described is None or described.words:
+        return {"status": "refused" if described is None else "failed", "words": refusal or described.words}
+    return {"status": "measured", "words": "", **described.json(), "ratio": timing.ms / described.ms}
+
+
 def measure(session: Session, group: Group, step: Step) -> list[dict[str, Any]]:
     """The rows of one group, one for each density; refused ones say why."""
     row: dict[str, Any] = {
@@ -117,6 +134,10 @@ def measure(session: Session, group: Group, step: Step) -> list[dict[str, Any]]:
         maps = {x: random_map(inputs.q, inputs.k, group.heads, x, seed=7) for x in group.densities}
         candidates = _dense(session, inputs, step)
         candidates += [Candidate(f"density {x}", _sparse(inputs, blocks, step)) for x, blocks in maps.items()]
+        without = "" if step == "forward" else "the backward has none"
+        without = without or session.verdicts.descriptors(group.width, group.block, session.dtype)
+        for x, blocks in maps.items() if not without else ():
+            candidates.append(Candidate(f"descriptors {x}", _described(inputs, blocks)))
         timings = interleaved(candidates, session.device, session.turn)
     dense = _dense_row(session, group, heads, step, timings)
     rows = []
@@ -133,6 +154,7 @@ def measure(session: Session, group: Group, step: Step) -> list[dict[str, Any]]:
                 "kept": int(blocks.count[0, 0, 0]), "status": "failed" if timing.words else "measured",
                 "tflops": rate / 1e12, "of_matrix": rate / session.ceiling("matrix"), "floor_ms": floor * 1e3,
                 "dense": dense, "times_dense": best / timing.ms, "words": timing.words,
+                "descriptors": _beside(timing, timings.get(f"descriptors {density}"), without),
             }
         )  # fmt: skip
     return rows
@@ -202,8 +224,10 @@ def line(row: dict[str, Any]) -> str:
     """A row in words."""
     if row["status"] != "measured":
         return f"{row['status']}: {row['words']}"
+    beside = row["descriptors"]
+    words = f", by descriptors {beside['ms']:.3f} ms" if beside["status"] == "measured" else ""
     return (
         f"density {row['density']:.3f}: {row['ms']:.3f} ms, {row['tflops']:.3g} TFLOP/s, "
         f"{row['of_matrix']:.2f} of the matrix ceiling (target {row['target']:.2f}), "
-        f"{row['times_dense']:.2f} x dense"
+        f"{row['times_dense']:.2f} x dense{words}"
     )

@@ -78,11 +78,13 @@ def _block_sparse(case: Case) -> None:
     if case.variant == "starts":
         q_side, k_side = _starts(q_side), _starts(k_side)
     blocks = _map(q_side, k_side)
-    if case.variant == "bias":
+    if case.variant.endswith("bias"):
         blocks = dc.replace(blocks, key_bias=torch.zeros(BATCH, HEADS, BLOCKS))
     q, k, v = (_tensor(case, BLOCKS * block) for block in (case.bq, case.bk, case.bk))
-    skip = 8.0 if case.variant == "skip" else None
-    out, lse = launch.block_sparse_attention(q, k, v, blocks, scale=case.d**-0.5, skip_threshold=skip)
+    skip = 8.0 if case.variant.endswith("skip") else None
+    config, tma = launch.config, True if case.variant.startswith("tma") else None
+    with mock.patch.object(launch, "config", lambda *sizes: config(*sizes[:6], tma)):
+        out, lse = launch.block_sparse_attention(q, k, v, blocks, scale=case.d**-0.5, skip_threshold=skip)
     if case.step != "attend":
         launch.block_sparse_attention_backward(out, lse, q, k, v, out, lse, blocks, scale=case.d**-0.5)
 
@@ -205,6 +207,21 @@ KERNELS = {
 FLAGS = {"attend": ("starts", "bias", "skip"), "grad_queries": ("starts", "bias"), "grad_keys": ("starts", "bias")}
 
 
+def _described(architectures: tuple[int, ...], everything: bool) -> Iterator[Case]:
+    """`attend` with tensor descriptors, which no launch takes by itself yet."""
+    for arch in sorted({90, 100 if everything else 90} & {*architectures}):
+        for d, block in itertools.product((64, 80, 96, 128), (64, 128)):
+            if everything or d in (64, 128) or block == 64:
+                yield Case("attend", arch, "bf16", d, block, block, "tma")
+        if everything:
+            yield from (
+                Case("attend", arch, "bf16", d, *block, "tma") for d in (64, 128) for block in ((64, 128), (128, 64))
+            )
+            yield from (Case("attend", arch, "bf16", d, 64, 64, "tma") for d in (32, 256))
+            yield from (Case("attend", arch, "bf16", 128, 64, 64, variant) for variant in ("tma-bias", "tma-skip"))
+            yield Case("attend", arch, "fp16", 128, 64, 64, "tma")
+
+
 def _others(architectures: tuple[int, ...]) -> Iterator[Case]:
     """The flags of block-sparse attention on sm_90, and every other kernel on sm_80 and sm_90."""
     for step, flags in FLAGS.items():
@@ -218,7 +235,7 @@ def _others(architectures: tuple[int, ...]) -> Iterator[Case]:
 
 def shipped(architectures: tuple[int, ...], everything: bool) -> list[Case]:
     """The cases of a run: bf16 at two block sizes, or the whole table of block-sparse attention; the other kernels."""
-    others = list(_others(architectures))
+    others = [*_others(architectures), *_described(architectures, everything)]
     if not everything:
         return [
             Case(step, arch, "bf16", d, block, block)

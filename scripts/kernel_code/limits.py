@@ -36,7 +36,8 @@ EXEMPTIONS = {
 def limits_of(case: Case) -> tuning.Limits:
     """What the code of a case must keep to."""
     if case.step in STEPS:
-        return tuning.limits(case.step, case.arch, Width.of(case.d), case.bq, case.bk, case.itemsize)
+        tma = case.variant.startswith("tma")
+        return tuning.limits(case.step, case.arch, Width.of(case.d), case.bq, case.bk, case.itemsize, tma)
     return KEYS_LIMITS.get(case.step, OTHERS)
 
 
@@ -64,6 +65,8 @@ def breaches(case: Case, figures: Figures, limits: tuning.Limits) -> Iterator[st
         yield f"a thread spills {figures.spill} bytes, at most {limits.spill}"
     if figures.local > limits.spill // 2:
         yield f"{figures.local} loads and stores of local memory, at most {limits.spill // 2}"
+    if limits.tma and not figures.tma:
+        yield "no copies by tensor descriptors (UTMALDG)"
     if case.itemsize == 4 or (case.step in KERNELS and not KERNELS[case.step].products):
         return
     rows = figures.bn if case.step in ("grad_keys", "grad_blocks", "grad_entries") else figures.bm

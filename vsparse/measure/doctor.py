@@ -16,7 +16,7 @@ from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid
 from vsparse.layouts import Blocking, RasterLayout
 
-__all__ = ["Package", "Verdict", "devices", "packages", "reasons", "summary", "verdicts"]
+__all__ = ["Package", "Verdict", "devices", "notes", "packages", "reasons", "summary", "verdicts"]
 
 # Distribution -> the extra that brings it; None: the library itself, or what comes with torch.
 _PACKAGES: dict[str, str | None] = {
@@ -46,7 +46,7 @@ class Package:
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What one call would run on: an implementation, or None and every reason."""
+    """What one call would run on: an implementation, or None and every reason. ``notes``: what it does without."""
 
     op: str
     device: str
@@ -55,6 +55,7 @@ class Verdict:
     dtype: str
     implementation: str | None
     reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def packages() -> list[Package]:
@@ -107,11 +108,19 @@ def summary(found: Sequence[Verdict]) -> str:
 
 def reasons(found: Sequence[Verdict]) -> dict[str, str]:
     """Every reason why a call has no implementation, with the calls that it stands against."""
-    against: dict[str, list[Verdict]] = {}
-    for verdict in found:
-        for reason in verdict.reasons:
-            against.setdefault(reason, []).append(verdict)
-    return {reason: _calls_in_words(calls, found) for reason, calls in against.items()}
+    return _told([(reason, verdict) for verdict in found for reason in verdict.reasons], found)
+
+
+def notes(found: Sequence[Verdict]) -> dict[str, str]:
+    """Everything that implementations do without, and why, with the calls that it is about."""
+    return _told([(note, verdict) for verdict in found for note in verdict.notes], found)
+
+
+def _told(pairs: Sequence[tuple[str, Verdict]], found: Sequence[Verdict]) -> dict[str, str]:
+    calls: dict[str, list[Verdict]] = {}
+    for words, verdict in pairs:
+        calls.setdefault(words, []).append(verdict)
+    return {words: _calls_in_words(each, found) for words, each in calls.items()}
 
 
 def _calls_in_words(calls: Sequence[Verdict], found: Sequence[Verdict]) -> str:
@@ -127,14 +136,17 @@ def _calls_in_words(calls: Sequence[Verdict], found: Sequence[Verdict]) -> str:
 def _verdict(
     op: str, device: str, head_dim: int, block: int, dtype: torch.dtype, args: tuple[Any, ...], options: dict[str, Any]
 ) -> Verdict:
+    rows = [row for row in backend.implementations(op, device) if not row.unsupported(*args, **options)]
+    notes = [f"{row.name}: {note}" for row in rows[:1] if row.notes for note in row.notes(*args, **options)]
     against = [reason.removeprefix(f"{op}: ") for reason in backend.reasons(op, device, *args, **options)]
     if device == "cuda" and not torch.cuda.is_available():
         against = ["no NVIDIA GPU is visible to torch", *against]
     chosen = None if against else backend.lookup(op, device, *args, **options).name
     name = str(dtype).removeprefix("torch.")
     return Verdict(
-        op=op, device=device, head_dim=head_dim, block=block, dtype=name, implementation=chosen, reasons=tuple(against)
-    )
+        op=op, device=device, head_dim=head_dim, block=block, dtype=name, implementation=chosen,
+        reasons=tuple(against), notes=tuple(notes),
+    )  # fmt: skip
 
 
 def _calls(head_dim: int, block: int, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
