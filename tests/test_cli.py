@@ -75,9 +75,10 @@ def test_module_is_the_command() -> None:
 
 def test_methods_lists_the_registry() -> None:
     found = text(run("methods"))
-    assert all(key in found for key in list_methods())
-    assert "2505.13389" in found
-    assert "density = 0.125" in found
+    for key, method in list_methods().items():
+        assert key in found
+        assert " ".join(facts(key, method).advice.split()) in found
+    assert "vsparse methods KEY" in found
 
 
 @pytest.mark.parametrize("key", list_methods())

@@ -86,22 +86,16 @@ def plan_table(made: Plan, target: str) -> Any:
 
 
 def methods_table(methods: Mapping[str, type[Method]]) -> Any:
-    """The registry."""
-    table = _table("", "key", "source and use", "options", "schedule", "when")
-    table.show_lines = True
+    """The registry: what there is and when to use it."""
+    table = _table("", "key", "use", "when")
     for key, method in methods.items():
         known = facts(key, method)
-        source = f"{known.source}\narXiv {method.paper.arxiv}" if known.link else known.source
-        needs = "" if known.needs == "nothing" else f"\nneeds {known.needs}"
-        table.add_row(
-            f"[bold]{key}[/bold]",
-            f"{source}\n{known.use}{needs}",
-            "\n".join(f"{name} = {value}" for name, value in known.options.items()) or "none",
-            known.schedule.replace("=", " = ").replace(", search", "\nsearch").replace(", dense", "\ndense"),
-            known.advice or NONE,
-        )
-    table.columns[0].no_wrap = True
-    table.caption = "options and schedule: with their defaults, as published. More of one method: vsparse methods KEY"
+        table.add_row(f"[bold]{key}[/bold]", known.use, known.advice or NONE)
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
+    table.caption = (
+        "What one does and costs, its options and their defaults, its source and what its authors publish for which "
+        "model: vsparse methods KEY"
+    )
     table.caption_justify = "left"
     return table
 
