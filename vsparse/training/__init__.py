@@ -1,0 +1,1 @@
+"""Training with sparsity: data, objectives, the loop, checkpoints, distillation."""

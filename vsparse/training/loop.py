@@ -1,0 +1,288 @@
+"""The loop: steps that can be repeated to the bit, whenever and wherever the run was interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses as dc
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vsparse.measure.video import check_folder
+from vsparse.optional import require
+from vsparse.training import checkpoints
+from vsparse.training.average import Average
+from vsparse.training.diagnosis import NotFiniteError, first_not_finite
+from vsparse.training.draws import Draws
+from vsparse.training.files import append_line, clear_partial, whole_file
+from vsparse.training.optimisers import OptimiserSettings, make_optimisers, set_rates
+
+__all__ = ["Task", "TrainSettings", "Trainer"]
+
+LOG = "log.jsonl"
+VALIDATION = "validation/"
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How long and how carefully to train.
+
+    Args:
+        steps: Optimiser steps. accumulate: micro-batches for each of them.
+        seed: Of everything random in the run; two runs with equal settings are equal (on a GPU as far as its kernels
+            repeat themselves).
+        precision: "bf16": weights and optimiser in float32, matrix products in bfloat16; "fp32": everything in float32.
+        clip_norm: Greatest norm of the gradient; larger ones are scaled down. 0: never.
+        average: Decay of a moving average of the weights, e.g. 0.999; it rises to that in the first steps. 0: none.
+        save_every: Steps between checkpoints; the last step is always saved. keep: how many checkpoints stay.
+        log_every: Steps between lines of the log. validate_every: steps between validations, 0: only at the end.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    steps: int
+    accumulate: int = 1
+    seed: int = 0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    clip_norm: float = 1.0
+    average: float = 0.0
+    save_every: int = 500
+    keep: int = 2
+    log_every: int = 10
+    validate_every: int = 0
+
+    FREE = ("save_every", "keep", "log_every", "validate_every")
+    """Fields that decide nothing about the result: a resumed run may have other ones."""
+
+    def __post_init__(self) -> None:
+        lows = {"steps": 1, "accumulate": 1, "seed": 0, "save_every": 1, "keep": 1, "log_every": 1, "validate_every": 0}
+        for name, low in lows.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"train: {name} must be an integer >= {low}, got {value!r}")
+        if self.precision not in ("bf16", "fp32"):
+            raise ValueError(f"train: precision must be bf16 or fp32, got {self.precision!r}")
+        if not 0.0 <= self.average < 1.0:
+            raise ValueError(f"train: average must lie in [0, 1), got {self.average!r}")
+        if not self.clip_norm >= 0.0:
+            raise ValueError(f"train: clip_norm must be >= 0, got {self.clip_norm!r}")
+
+
+class Task(Protocol):
+    """What is trained: where batches come from and what is minimised."""
+
+    def batches(self, first: int, last: int) -> Iterable[Any]:
+        """Micro-batches of this process for the steps from ``first`` to before ``last``, in order."""
+
+    def loss(self, model: nn.Module, batch: Any, draws: Draws, step: int) -> Mapping[str, Tensor]:
+        """Scalars of one micro-batch; "loss" is minimised, the others are logged."""
+
+    def describe(self, batch: Any) -> str:
+        """Names a batch in an error."""
+
+
+class Trainer:
+    """Trains one model on one task.
+
+    Args:
+        model: The model with whatever has been put into it; parameters that require gradients learn.
+        task: Batches and loss. settings, optimiser: how. folder: where checkpoints and the log go.
+        identity: What else decides the result (data, method); checkpoints keep it, and a resumed run compares it.
+        added: Names of parameters that the method has added. accelerator: of accelerate; None: one for this process.
+        validate: Called with the step and the averaged weights in place; returns figures for the log.
+        progressed: Told after each step: how many are done, figures. before_step: told of each 0-based step.
+
+    Raises:
+        ValueError: nothing learns, or the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        *,
+        settings: TrainSettings,
+        optimiser: OptimiserSettings,
+        folder: Path,
+        identity: Mapping[str, Any],
+        added: Iterable[str] = (),
+        accelerator: Any = None,
+        validate: Callable[[int], Mapping[str, float]] | None = None,
+        progressed: Callable[[int, Mapping[str, float]], None] | None = None,
+        before_step: Callable[[int], None] | None = None,
+    ) -> None:
+        self.task, self.settings, self.folder = task, settings, check_folder(folder)
+        self.accelerator = accelerator or require("accelerate", "diffusers").Accelerator(mixed_precision="no")
+        self.validate, self.progressed, self.before_step = validate, progressed, before_step
+        self._rates = optimiser
+        optimisers = make_optimisers(model.named_parameters(), optimiser, added=tuple(added))
+        self.model, *prepared = self.accelerator.prepare(model, *optimisers)
+        self.plain: nn.Module = self.accelerator.unwrap_model(self.model)
+        self.optimisers = [getattr(x, "optimizer", x) for x in prepared]
+        self.average = Average(self.plain, settings.average)
+        self.identity = _plain({"train": _decisive(settings), "optimiser": dc.asdict(optimiser), **identity})
+        self._spent = 0.0
+
+    # ---- the run --------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train from the newest checkpoint in the folder, or from the beginning, to the last step.
+
+        Raises:
+            ValueError: the checkpoint belongs to another run. NotFiniteError: loss or gradient is NaN or infinite.
+            OSError: a checkpoint could not be written.
+        """
+        settings = self.settings
+        first = self._resume()
+        if first and self._validates(first) and not self._validated(first):
+            self._validate(first)
+        draws = Draws((settings.seed,))
+        batches = iter(self.task.batches(first, settings.steps))
+        since = time.perf_counter()
+        for step in range(first, settings.steps):
+            micro = [next(batches) for _ in range(settings.accumulate)]
+            figures = self._step(step, micro, draws.of(step, self.accelerator.process_index))
+            done = step + 1
+            if done % settings.log_every == 0 or done == settings.steps:
+                now = time.perf_counter()
+                figures["seconds"], since = (now - since) / min(settings.log_every, done - first), now
+                self._log(done, figures)
+            if self.progressed is not None:
+                self.progressed(done, figures)
+            if done % settings.save_every == 0 or done == settings.steps:
+                self._save(done)
+            if self._validates(done):
+                self._validate(done)
+
+    def _validates(self, done: int) -> bool:
+        every = self.settings.validate_every
+        return self.validate is not None and (done == self.settings.steps or (every > 0 and done % every == 0))
+
+    def _validated(self, done: int) -> bool:
+        """Whether the log has the validation after a step: a run may be killed between saving and validating."""
+        path = self.folder / LOG
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return any(row["step"] == done and any(name.startswith(VALIDATION) for name in row) for row in rows)
+
+    def _step(self, step: int, micro: list[Any], draws: Draws) -> dict[str, float]:
+        """One optimiser step."""
+        settings, accelerator = self.settings, self.accelerator
+        self.model.train()
+        set_rates(self.optimisers, self._rates.factor(step, settings.steps))
+        if self.before_step is not None:
+            self.before_step(step)
+        sums: dict[str, Tensor] = {}
+        for i, batch in enumerate(micro):
+            held = accelerator.no_sync(self.model) if i + 1 < len(micro) else contextlib.nullcontext()
+            with held:
+                losses = self._losses(batch, draws.of(i), step)
+                (losses["loss"] / len(micro)).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach().float() / len(micro)
+        learning = [x for x in self.model.parameters() if x.requires_grad]
+        norm = accelerator.clip_grad_norm_(learning, settings.clip_norm or math.inf)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        figures = {name: float(accelerator.reduce(x, "mean")) for name, x in sums.items()}
+        figures |= {"gradient_norm": float(norm), "rate": self._rates.factor(step, settings.steps)}
+        if not math.isfinite(figures["loss"]) or not math.isfinite(figures["gradient_norm"]):
+            self._stop(step, micro, draws, figures)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        self.average.update(step)
+        return figures
+
+    def _losses(self, batch: Any, draws: Draws, step: int) -> Mapping[str, Tensor]:
+        device = self.accelerator.device
+        with (
+            draws.of("everything").everything(device),
+            torch.autocast(device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"),
+        ):
+            return self.task.loss(self.model, batch, draws, step)
+
+    def _stop(self, step: int, micro: list[Any], draws: Draws, figures: Mapping[str, float]) -> None:
+        """Repeat the step to find where it went wrong, and say so; nothing has been changed by it yet."""
+        named = [(name, x) for name, x in self.plain.named_parameters() if x.grad is not None]
+        gradients = [name for name, x in named if not bool(x.grad.isfinite().all())]  # type: ignore[union-attr]
+        where = None
+        for i, batch in enumerate(micro):
+            again = functools.partial(self._losses, batch, draws.of(i), step)
+            where = where or first_not_finite(self.plain, again)
+        kept = checkpoints.latest(self.folder)
+        raise NotFiniteError(
+            f"step {step + 1}: loss {figures['loss']}, norm of the gradient {figures['gradient_norm']}. "
+            + (f"First values that are not finite: {where}. " if where else "Every layer's output is finite. ")
+            + (f"Gradients that are not finite: {', '.join(gradients[:4])}. " if gradients else "")
+            + f"Batch: {'; '.join(self.task.describe(batch) for batch in micro)}. "
+            + (f"The last good checkpoint is {kept.path}." if kept else "There is no checkpoint yet.")
+        )
+
+    # ---- what stays -----------------------------------------------------------------------------------------------
+
+    def _state(self) -> checkpoints.State:
+        return checkpoints.State(model=self.plain, optimisers=self.optimisers, average=self.average.tensors)
+
+    def _save(self, done: int) -> None:
+        checkpoints.write(self.folder, self._state(), step=done, settings=self.identity, accelerator=self.accelerator)
+        if self.accelerator.is_main_process:
+            checkpoints.rotate(self.folder, self.settings.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> int:
+        """Steps that are done already."""
+        found = checkpoints.latest(self.folder)
+        if found is not None:
+            checkpoints.restore(found, self._state(), settings=self.identity, accelerator=self.accelerator)
+        done = found.step if found is not None else 0
+        if self.accelerator.is_main_process:
+            clear_partial(self.folder)
+            _cut_log(self.folder / LOG, done)
+        self.accelerator.wait_for_everyone()
+        return done
+
+    def _log(self, done: int, figures: Mapping[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            append_line(self.folder / LOG, json.dumps({"step": done, **figures}))
+
+    def _validate(self, done: int) -> None:
+        assert self.validate is not None
+        training = self.model.training
+        self.model.eval()
+        with self.average.in_place(), torch.no_grad():
+            figures = self.validate(done)
+        self.model.train(training)
+        self._log(done, {f"{VALIDATION}{name}": value for name, value in figures.items()})
+
+
+def _cut_log(path: Path, done: int) -> None:
+    """Drop lines of steps after the checkpoint: they will be written again."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text().splitlines() if _step_of(line) <= done]
+    with whole_file(path) as scratch:
+        scratch.write_text("".join(f"{line}\n" for line in lines))
+
+
+def _step_of(line: str) -> float:
+    """Step of a line of the log; a line that a kill has torn counts as after everything."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _decisive(settings: TrainSettings) -> dict[str, Any]:
+    return {name: value for name, value in dc.asdict(settings).items() if name not in TrainSettings.FREE}
+
+
+def _plain(values: Any) -> Any:
+    """As JSON gives it back, so that settings compare equal after a round trip."""
+    return json.loads(json.dumps(values))
