@@ -122,6 +122,12 @@ class Patch:
         """One model call of a custom loop: denoising step ``i``, CFG branch ``branch``."""
         return self._tracker.step(i, branch=branch)
 
+    def suspended(self) -> contextlib.AbstractContextManager[None]:
+        """Inside it the target runs dense, with its present weights, as the method "dense" does: a teacher for
+        distillation, a video to compare with. State, statistics and losses of the patch stay as they are.
+        """
+        return self._tracker.suspend()
+
     def training_step(self, i: int) -> None:
         """Tell a schedule with a ramp which training step comes next."""
         if isinstance(i, bool) or not isinstance(i, int) or i < 0:

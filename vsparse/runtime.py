@@ -121,7 +121,8 @@ class Runtime:
         now, failed = self._now, output is None
         try:
             if now is not None and not failed:
-                self._commit(*now)
+                if not self.tracker.suspended:
+                    self._commit(*now)
                 if torch.is_grad_enabled():
                     _on_backward(output, now[2])
         finally:
@@ -135,8 +136,9 @@ class Runtime:
     # ---- before ---------------------------------------------------------------------------------------------------
 
     def _prepare(self, module: nn.Module, reading: Reading) -> None:
-        where = self.tracker.where(self.name)
-        branch = self._enter(where, reading)
+        suspended = self.tracker.suspended
+        where = Where() if suspended else self.tracker.where(self.name)
+        branch = "suspended" if suspended else self._enter(where, reading)
         against = [reason for site in self.sites if (reason := self.intact(module, site)) is not None]
         sparse = [s for s in self.sites if self._phase(s, where, branch) != "dense"]
         against += self._unsupported(sparse, reading, module)
@@ -207,6 +209,8 @@ class Runtime:
         return branch
 
     def _phase(self, site: SparseAttention, where: Where, branch: str) -> Phase:
+        if self.tracker.suspended:
+            return "dense"
         branch = _key(site, branch)
         filled = bool(site.state.version(branch))
         step, layer = where.step, site.site.layer

@@ -41,6 +41,7 @@ class Tracker:
     def __init__(self, source: StepSource | None) -> None:
         self.source = source
         self.training_step: int | None = None
+        self.suspended = False
         self._explicit: Where | None = None
         self._steps: int | None = None
         self._generation = 0
@@ -73,6 +74,15 @@ class Tracker:
             yield
         finally:
             self._explicit = before
+
+    @contextlib.contextmanager
+    def suspend(self) -> Iterator[None]:
+        """Inside it every site runs dense and nothing is remembered."""
+        before, self.suspended = self.suspended, True
+        try:
+            yield
+        finally:
+            self.suspended = before
 
     def where(self, root: str) -> Where:
         """Where the next forward of a root stands: what the user said, else what the host knows."""

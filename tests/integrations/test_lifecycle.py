@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -100,6 +101,27 @@ def test_prompts_and_resolutions_do_not_disturb_each_other(host: str, method: st
     for values, wanted in zip((first, second, other, first), expected, strict=True):
         with rows.sparse(model, method) as patch:
             assert all(map(torch.equal, rows.generation(patch, model, values, steps=4), wanted))
+
+
+@THIN
+def test_a_suspended_call_is_dense_and_leaves_no_trace(host: str, method: str) -> None:
+    """Dense calls in between, of the same and of another prompt and size: a generation does not notice them."""
+    model, inputs = rows.build(host)
+    values, other = rows.prompt(host, inputs), rows.prompt(host, inputs, (3, 5, 4), seed=1)
+    with vsparse.apply(model, "dense"):
+        stock = [rows.forward(model, x) for x in (values, other)]
+    with rows.sparse(model, method) as patch:
+        wanted = rows.generation(patch, model, values, steps=4)
+        told = patch.stats()
+    with rows.sparse(model, method) as patch, patch.generation(4):
+        found = []
+        for step, branch in itertools.product(range(4), ("cond", "uncond")):
+            with patch.step(step, branch=branch):
+                with patch.suspended():
+                    assert all(map(torch.equal, (rows.forward(model, x) for x in (values, other)), stock))
+                found.append(rows.forward(model, values))
+        assert patch.stats() == told | {"state_bytes": patch.stats()["state_bytes"]}
+    assert all(map(torch.equal, found, wanted))
 
 
 @THIN

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class TrainSettings:
     log_every: int = 10
     validate_every: int = 0
 
-    FREE = ("save_every", "keep", "log_every", "validate_every")
+    FREE: ClassVar[tuple[str, ...]] = ("save_every", "keep", "log_every", "validate_every")
     """Fields that decide nothing about the result: a resumed run may have other ones."""
 
     def __post_init__(self) -> None:

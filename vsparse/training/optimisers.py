@@ -24,8 +24,8 @@ class OptimiserSettings:
             (gates, predictors); None: the same.
         weight_decay: On matrices; vectors (norms, biases, modulations) have none.
         beta1, beta2, eps: Of AdamW. momentum: of Muon.
-        schedule: Shape of the rate after the warm-up: "constant", "linear" or "cosine" down to ``final`` times the rate
-            at the last step.
+        schedule: Shape of the rate after the warm-up: "constant", or "linear" or "cosine" downwards.
+        final: Share of the rate that is left at the last step.
         warmup: Steps in which the rate rises to its full value.
 
     Raises:
