@@ -1,21 +1,21 @@
-"""What a host library offers: its models, their attention modules, and how they are entered and left."""
+"""What a host library offers: its models, their attention modules, how they are entered and left, how they train."""
 
 from __future__ import annotations
 
 import dataclasses as dc
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vsparse.geometry import Grid
 from vsparse.methods import Site, SparseAttention
 from vsparse.runtime import Reading, Runtime
 from vsparse.steps import StepSource
 
-__all__ = ["Claim", "HostAdapter", "Root", "find_roots", "hosts"]
+__all__ = ["Claim", "HostAdapter", "Root", "TrainingHost", "find_roots", "hosts", "training_host"]
 
 # Host adapters, imported by name on first use: a host that is not installed costs nothing.
 _HOSTS = ("vsparse.integrations.diffusers",)
@@ -78,6 +78,68 @@ class HostAdapter(Protocol):
     def placement(self, module: nn.Module) -> tuple[torch.device, torch.dtype]:
         """Device and compute dtype for parameters that are added to an attention module."""
 
+    def training_host(self, target: object, *, guidance: float | None) -> TrainingHost | None:
+        """What training needs of a pipeline, or None when the target is none of this host's."""
+
+
+class TrainingHost(Protocol):
+    """What training needs of a pipeline: features of videos and captions, and the model call of its denoising loop.
+
+    Features are computed once and stored; ``forward`` takes them back. No gradient flows into an encoder.
+    """
+
+    @property
+    def experts(self) -> Mapping[str, tuple[float, float]]:
+        """Transformers by component name, with the noise range of each: sigma in ``[low, high)``, the last one to 1."""
+
+    def expert(self, timestep: float) -> str:
+        """Name of the transformer that the pipeline calls at a timestep of its scheduler."""
+
+    def check_size(self, frames: int, height: int, width: int) -> None:
+        """Is a size in pixels one that the autoencoder and the transformer take without cutting or padding?
+
+        Raises:
+            ValueError: no; the message names the nearest sizes that are.
+        """
+
+    def encode_text(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Text features as the pipeline makes them; ``""`` is the caption of a sample whose text is dropped.
+
+        Returns:
+            Tensors ``[B, ...]`` by the name of the transformer's argument, of the same shape for every caption.
+        """
+
+    def encode_video(self, pixels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Latents in the layout and scale that the transformer takes.
+
+        Args:
+            pixels: ``[B, 3, F, H, W]`` floating, in [-1, 1]. generator: Draws from the autoencoder's posterior; None:
+                its mode.
+
+        Returns:
+            Float32 (float64 for a float64 autoencoder): ``[B, C, T, h, w]``, or ``[B, T, C, h, w]`` for CogVideoX.
+
+        Raises:
+            ValueError: another shape, dtype or range, or a size that `check_size` refuses.
+        """
+
+    def decode_video(self, latents: Tensor) -> Tensor:
+        """The pixels ``[B, 3, F, H, W]`` in [-1, 1] of latents as `encode_video` gives them."""
+
+    def forward(self, model: nn.Module, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> Tensor:
+        """The prediction of one model call, with every argument that the pipeline's own loop passes.
+
+        Args:
+            model: The transformer, as it is or wrapped. noisy: Latents of any floating dtype. timestep: ``[B]`` in the
+                scheduler's scale. text: what `encode_text` gave for these samples.
+
+        Returns:
+            A tensor in the shape of ``noisy`` and the dtype of the model.
+
+        Raises:
+            ValueError: ``text`` has other names than `encode_text` gives.
+        """
+
 
 def hosts() -> list[HostAdapter]:
     """The host adapters.
@@ -106,3 +168,20 @@ def find_roots(target: object) -> tuple[HostAdapter, list[Root]]:
         f"vsparse cannot patch {type(target).__module__}.{type(target).__name__}: it is no pipeline or model of a "
         f"known family. Known models: {', '.join(known)}"
     )
+
+
+def training_host(target: object, *, guidance: float | None = None) -> TrainingHost:
+    """What training needs of a pipeline.
+
+    Args:
+        target: A text-to-video pipeline of a known family. guidance: Embedded guidance scale at which a
+            guidance-distilled model (HunyuanVideo) is trained; None: the default of the pipeline's call.
+
+    Raises:
+        ValueError: no such pipeline, or ``guidance`` for a model that embeds none.
+    """
+    for host in hosts():
+        found = host.training_host(target, guidance=guidance)
+        if found is not None:
+            return found
+    raise ValueError(f"vsparse cannot train {type(target).__module__}.{type(target).__name__}: it is no pipeline")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vsparse.geometry import Grid
-from vsparse.host import Claim, Root
+from vsparse.host import Claim, Root, TrainingHost
 from vsparse.methods import Site, SparseAttention
 from vsparse.optional import require
 from vsparse.runtime import Reading, Runtime
@@ -21,6 +21,7 @@ from vsparse.steps import StepSource
 from . import processors
 from .hosts import HOSTS, Host, host_of
 from .tracking import DiffusersSteps, Listener, detach
+from .training import training_side
 
 __all__ = [
     "bind",
@@ -33,6 +34,7 @@ __all__ = [
     "read",
     "roots",
     "source",
+    "training_host",
     "uninstall",
     "unlisten",
 ]
@@ -173,3 +175,9 @@ def placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
         return device, hooks["layerwise_casting"].compute_dtype
     ordinary = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     return device, next((p.dtype for p in parameters if p.dtype in ordinary), torch.float32)
+
+
+def training_host(target: object, *, guidance: float | None) -> TrainingHost | None:
+    """What training needs of a pipeline; None when the target is nothing of diffusers."""
+    _check_version()
+    return training_side(target, guidance)
