@@ -48,7 +48,7 @@ class Patch:
         return [site for runtime in self._runtimes for site in runtime.sites]
 
     def stats(self) -> dict[str, Any]:
-        """What ran since the patch was applied; the only call that reads tensors from the device.
+        """What ran since the patch was applied, or since `clear_stats`; the only call that reads from the device.
 
         Returns:
             ``density``: executed share of valid token pairs over all calls, dense ones included; ``sparse_density``:
@@ -80,6 +80,11 @@ class Patch:
             "kernel": self.plan.kernel,
             "state_bytes": sum(runtime.state_bytes() for runtime in self._runtimes),
         }
+
+    def clear_stats(self) -> None:
+        """Count anew from here on."""
+        for runtime in self._runtimes:
+            runtime.clear_stats()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters that the method added, by root and site."""
@@ -140,9 +145,16 @@ class Patch:
             runtime.reset()
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the trained parts and the configuration; ``vsparse.load(target, directory)`` brings them back."""
+        """Write the trained parts and the configuration; ``vsparse.load(target, directory)`` brings them back.
+
+        Of a sharded model (FSDP2) every process calls it; the parts are gathered, and the first process writes.
+        """
         hosts = sorted({site.host for site in self.plan.sites})
-        adapter.save(directory, self.plan.method, self.plan.schedule, hosts, dict(self.named_tensors()))
+        mine = dict(self.named_tensors())
+        sharded = any(hasattr(x, "full_tensor") for x in mine.values())  # DTensor, which takes long to import
+        whole = {name: getattr(x, "full_tensor", x.detach)() for name, x in mine.items()}
+        if not sharded or torch.distributed.get_rank() == 0:
+            adapter.save(directory, self.plan.method, self.plan.schedule, hosts, whole)
 
     def remove(self) -> None:
         """Give the target back: the host's own objects, keys, hooks and outputs. A second call does nothing."""

@@ -82,11 +82,8 @@ class Runtime:
         self.skipped = dict(skipped or {})
         self.siblings: list[Runtime] = []
         self.patch: Any = None
-        self.fallbacks: Counter[str] = Counter()
-        self.phases: Counter[str] = Counter()
-        self.pairs: dict[str, Tensor] = {}
         self.losses: dict[str, Tensor] = {}
-        self.dense_pairs: Tensor | float = 0.0
+        self.clear_stats()
         self._layouts: dict[tuple[Grid, int, torch.device], Layout] = {}
         self._maps: dict[tuple[object, torch.device, int], BlockMap | None] = {}
         self._reasons: dict[tuple[object, ...], list[str]] = {}
@@ -326,6 +323,13 @@ class Runtime:
         self._seen = None
         for site in self.sites:
             site.state.clear()
+
+    def clear_stats(self) -> None:
+        """Count anew."""
+        self.fallbacks: Counter[str] = Counter()
+        self.phases: Counter[str] = Counter()
+        self.pairs: dict[str, Tensor] = {}
+        self.dense_pairs: Tensor | float = 0.0
 
     def state_bytes(self) -> int:
         """Bytes of state held now."""

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from vsparse.methods import get_method
+from vsparse.training.data.buckets import Bucket, check_buckets
 from vsparse.training.loop import TrainSettings
 from vsparse.training.optimisers import OptimiserSettings
 
 __all__ = [
-    "BucketSettings",
     "DataSettings",
     "DistillSettings",
     "MethodSettings",
@@ -55,25 +55,6 @@ class ModelSettings:
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class BucketSettings:
-    """One size that clips are brought to.
-
-    Args:
-        frames: How many. height, width: pixels. fps: frames a second that are taken from the file; None: all it has.
-    """
-
-    frames: int
-    height: int
-    width: int
-    fps: float | None = None
-
-    def __post_init__(self) -> None:
-        _least("data.buckets", self, {"frames": 1, "height": 1, "width": 1})
-        if self.fps is not None and not self.fps > 0.0:
-            raise ValueError(f"data.buckets: fps must be positive, got {self.fps!r}")
-
-
-@dc.dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """Videos and captions.
 
@@ -89,7 +70,7 @@ class DataSettings:
     """
 
     source: str
-    buckets: tuple[BucketSettings, ...]
+    buckets: tuple[Bucket, ...]
     batch: int = 1
     cache: str | None = None
     streaming: bool = False
@@ -100,8 +81,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         _least("data", self, {"batch": 1, "workers": 0})
-        if not self.buckets:
-            raise ValueError("data: buckets must name at least one size")
+        check_buckets(self.buckets)
         if not 0.0 <= self.empty_captions <= 1.0:
             raise ValueError(f"data: empty_captions must lie in [0, 1], got {self.empty_captions!r}")
         if self.streaming and self.cache is not None:
