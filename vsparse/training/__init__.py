@@ -1,0 +1,1 @@
+"""What is trained: the parts of the embedded model and their losses."""
