@@ -1,0 +1,1 @@
+"""Fine-tuning video diffusion transformers with sparse attention."""
