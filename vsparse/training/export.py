@@ -24,9 +24,10 @@ def export(student: Student, target: Path, *, kind: Literal["adapter", "pipeline
     """Write the result of a run; every process calls it, and the first one writes.
 
     Args:
-        target: Folder that must not exist yet. kind: "adapter": what was trained, to be put onto the pipeline that it was
-            trained on: LoRA weights as diffusers stores them, after full training the transformer. "pipeline": the whole
-            pipeline, LoRA merged in. Both hold the method's parts in ``vsparse/``, for ``vsparse.load``.
+        target: Folder that must not exist yet.
+        kind: "adapter": what was trained, to be put onto the pipeline that it was trained on: LoRA weights as diffusers
+            stores them, after full training the transformer. "pipeline": the whole pipeline, LoRA merged in. Both hold
+            the method's parts in ``vsparse/``, for ``vsparse.load``.
 
     Raises:
         FileExistsError: the target exists. OSError: the disk is full; nothing is left half written.

@@ -142,7 +142,7 @@ class Denoising:
 
     def _text(self, batch: Sample, draws: Draws, device: torch.device) -> dict[str, Tensor]:
         """Text features, those of the empty caption for a drawn share."""
-        drawn = draws.of("captions").uniform(len(batch.latents)) < self.empty_captions
+        drawn = draws.of("drop").uniform(len(batch.latents)) < self.empty_captions
         found = {}
         for name, x in batch.text.items():
             dropped = drawn.view(-1, *[1] * (x.ndim - 1))
