@@ -2,8 +2,8 @@
 
 `vae` trains the VAE and writes it with tokenizer and text encoder, `latents` encodes the clips that the transformer is
 trained on, `transformer` trains it, `pack` writes the pipeline in bfloat16, `judge` generates held-out prompts and
-measures whether they are followed; `all` does one after the other. Steps and seeds are fixed; a run that was stopped goes
-on from its last checkpoint.
+measures whether they are followed; `all` does all of them. Steps and seeds are fixed; a stopped run goes on from its
+last checkpoint.
 """
 
 import argparse

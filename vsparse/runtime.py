@@ -83,7 +83,10 @@ class Runtime:
         self.siblings: list[Runtime] = []
         self.patch: Any = None
         self.losses: dict[str, Tensor] = {}
-        self.clear_stats()
+        self.fallbacks: Counter[str] = Counter()
+        self.phases: Counter[str] = Counter()
+        self.pairs: dict[str, Tensor] = {}
+        self.dense_pairs: Tensor | float = 0.0
         self._layouts: dict[tuple[Grid, int, torch.device], Layout] = {}
         self._maps: dict[tuple[object, torch.device, int], BlockMap | None] = {}
         self._reasons: dict[tuple[object, ...], list[str]] = {}
@@ -326,10 +329,8 @@ class Runtime:
 
     def clear_stats(self) -> None:
         """Count anew."""
-        self.fallbacks: Counter[str] = Counter()
-        self.phases: Counter[str] = Counter()
-        self.pairs: dict[str, Tensor] = {}
-        self.dense_pairs: Tensor | float = 0.0
+        self.fallbacks, self.phases = Counter(), Counter()
+        self.pairs, self.dense_pairs = {}, 0.0
 
     def state_bytes(self) -> int:
         """Bytes of state held now."""

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from vsparse.optional import require
@@ -85,19 +84,19 @@ def _merged(transformer: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def _save_lora(student: Student, state: Mapping[str, Tensor], folder: Path) -> None:
-    """LoRA weights in the file that the pipeline's ``load_lora_weights`` reads."""
+    """LoRA weights in the file that the pipeline's ``load_lora_weights`` reads, with their scale."""
     peft = require("peft.utils", "lora")
-    layers = peft.get_peft_model_state_dict(student.transformer, state_dict=dict(state))
-    layers = {name: x for name, x in layers.items() if _OURS not in f".{name}."}
-    save = type(student.pipe).save_lora_weights
-    if student.name == "transformer":
-        save(folder, transformer_lora_layers=layers)
-    else:
-        save(folder, transformer_2_lora_layers=layers)
+    model: Any = student.transformer
+    layers = peft.get_peft_model_state_dict(model, state_dict=dict(state))
+    layers = {name: x.contiguous() for name, x in layers.items() if _OURS not in f".{name}."}
+    told = model.peft_config["default"].to_dict()
+    told = {name: sorted(x) if isinstance(x, set) else x for name, x in told.items()}
+    names = f"{student.name}_lora_layers", f"{student.name}_lora_adapter_metadata"
+    type(student.pipe).save_lora_weights(folder, **dict(zip(names, (layers, told), strict=True)))
 
 
 def _save_pipeline(student: Student, state: Mapping[str, Tensor], folder: Path) -> None:
     """The pipeline with a plain copy of the transformer in its place."""
     pipe = copy.copy(student.pipe)
-    pipe.register_modules(**{student.name: _plain(student, state).to(torch.float32)})
+    pipe.register_modules(**{student.name: _plain(student, state)})
     pipe.save_pretrained(folder)

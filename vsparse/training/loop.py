@@ -99,6 +99,7 @@ class Trainer:
         added: Names of parameters that the method has added. accelerator: of accelerate; None: one for this process.
         validate: Called with the step and the averaged weights in place; returns figures for the log.
         progressed: Told after each step: how many are done, figures. before_step: told of each 0-based step.
+        logged: Told of each line of the log, in the first process.
 
     Raises:
         ValueError: nothing learns, or the folder cannot be written.
@@ -118,10 +119,11 @@ class Trainer:
         validate: Callable[[int], Mapping[str, float]] | None = None,
         progressed: Callable[[int, Mapping[str, float]], None] | None = None,
         before_step: Callable[[int], None] | None = None,
+        logged: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> None:
         self.task, self.settings, self.folder = task, settings, check_folder(folder)
         self.accelerator = accelerator or require("accelerate", "diffusers").Accelerator(mixed_precision="no")
-        self.validate, self.progressed, self.before_step = validate, progressed, before_step
+        self.validate, self.progressed, self.before_step, self.logged = validate, progressed, before_step, logged
         self._rates = optimiser
         optimisers = make_optimisers(model.named_parameters(), optimiser, added=tuple(added))
         self.model, *prepared = self.accelerator.prepare(model, *optimisers)
@@ -251,6 +253,8 @@ class Trainer:
     def _log(self, done: int, figures: Mapping[str, float]) -> None:
         if self.accelerator.is_main_process:
             append_line(self.folder / LOG, json.dumps({"step": done, **figures}))
+            if self.logged is not None:
+                self.logged(done, figures)
 
     def _validate(self, done: int) -> None:
         assert self.validate is not None

@@ -128,12 +128,14 @@ class ObjectiveSettings:
     Args:
         times: "uniform" or "logit_normal" before the scheduler's own shift.
         mean, std: Of the normal numbers of "logit_normal".
+        shift: Of flow matching, towards noise; None: the scheduler's own.
         stratified: Spread the levels evenly over each micro-batch.
     """
 
-    times: Literal["uniform", "logit_normal"] = "logit_normal"
+    times: Literal["uniform", "logit_normal"] = "uniform"
     mean: float = 0.0
     std: float = 1.0
+    shift: float | None = None
     stratified: bool = True
 
     def __post_init__(self) -> None:
@@ -187,8 +189,11 @@ class Settings:
     """A fine-tuning run.
 
     Args:
-        output: Folder of the run: checkpoints, log, validation videos, and the result in ``adapter`` or ``model``.
+        output: Folder of the run: cache, checkpoints, log, validation videos, result.
         model, data, method, objective, distill, optimiser, train, validation: the sections.
+        result: What is left at the end, in ``result`` in the output folder. "adapter": what was trained (LoRA weights,
+            or after full training the transformer); "pipeline": the whole pipeline as diffusers loads it, LoRA merged
+            in. Both with the method's parts in ``vsparse``, for ``vsparse.load``.
         tensorboard: Also write the log for TensorBoard.
     """
 
@@ -201,9 +206,11 @@ class Settings:
     distill: DistillSettings = dc.field(default_factory=DistillSettings)
     optimiser: OptimiserSettings = dc.field(default_factory=OptimiserSettings)
     validation: ValidationSettings = dc.field(default_factory=ValidationSettings)
+    result: Literal["adapter", "pipeline"] = "adapter"
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        _choice("settings", self, ("result",))
         if self.model.train == "method" and self.method.key == "none":
             raise ValueError('model: train "method" leaves nothing to learn where method.key is "none"')
         if self.method.key == "none" and (self.distill.velocity or self.distill.attention):

@@ -14,6 +14,7 @@ from vsparse.methods import Method, get_method
 from vsparse.optional import require
 from vsparse.patch import Patch, apply, load
 from vsparse.schedule import Schedule
+from vsparse.training.draws import Draws
 from vsparse.training.ramp import DensityRamp
 from vsparse.training.settings import MethodSettings, ModelSettings
 
@@ -40,8 +41,11 @@ class Student:
     low_rank: bool
 
 
-def load_student(model: ModelSettings, method: MethodSettings, *, device: torch.device) -> Student:
+def load_student(model: ModelSettings, method: MethodSettings, *, device: torch.device, seed: int) -> Student:
     """Load a pipeline, patch a transformer and mark what learns: those parameters are float32 and require gradients.
+
+    Args:
+        device: Where training will be; the pipeline stays on the CPU. seed: of LoRA's first weights.
 
     Raises:
         FileNotFoundError, ValueError: no such pipeline, transformer or method; a method that cannot be trained.
@@ -54,7 +58,8 @@ def load_student(model: ModelSettings, method: MethodSettings, *, device: torch.
     if model.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if model.train == "lora":
-        _add_lora(transformer, model)
+        with Draws((seed, "lora")).everything(torch.device("cpu")):
+            _add_lora(transformer, model)
     patch = None if method.key == "none" else _patch(transformer, method)
     mine = [] if patch is None else patch.parameters()
     for parameter in mine:
