@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("patterns",),
     ("reference",),
     ("ops",),
-    ("select", "schedule", "state", "steps", "wrapping"),
+    ("select", "schedule", "state", "steps", "fingerprint", "wrapping"),
     ("methods",),
     ("profile", "adapter", "cost", "runtime"),
     ("host",),
@@ -207,14 +207,14 @@ def third_parties(source: Source) -> Iterator[str]:
             continue
         if not found.deferred:
             yield f"{source.path}:{found.line}: {found.top} is optional; import it where it is used"
-        elif found.top not in declared(*RUNTIME):
+        elif distribution(found.top) not in declared(*RUNTIME):
             yield f"{source.path}:{found.line}: {found.top} is not declared in pyproject.toml"
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "require":
             given = [value.value for value in node.args if isinstance(value, ast.Constant)]
             if len(given) != 2 or given[0].startswith("vsparse."):
                 continue
-            if given[1] not in RUNTIME or given[0].split(".")[0] not in declared(given[1]):
+            if given[1] not in RUNTIME or distribution(given[0].split(".")[0]) not in declared(given[1]):
                 yield f"{source.path}:{node.lineno}: the extra {given[1]!r} does not bring {given[0]}"
 
 
