@@ -37,11 +37,12 @@ def _sharded(weights: dict[str, torch.Tensor], folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", [prefix + "to_gate_compress" for prefix in PREFIXES])
-@pytest.mark.parametrize("shape", ["folder", "file", "shards"])
+@pytest.mark.parametrize("shape", ["folder", "file", "shards", "pipeline"])
 def test_fastwan_gates_load(form: str, shape: str, tmp_path: Path) -> None:
     weights = _fastwan(form)
-    if shape == "shards":
-        _sharded(weights, tmp_path)
+    if shape in ("shards", "pipeline"):
+        _sharded(weights, tmp_path / "transformer" if shape == "pipeline" else tmp_path)
+        (tmp_path / "text_encoder.bin").write_bytes(b"not looked into")
     else:
         save_file(weights, tmp_path / "model.safetensors")
     model, inputs = rows.build("wan")
@@ -67,6 +68,52 @@ def test_fastwan_gates_load_into_a_patch_with_another_density(tmp_path: Path) ->
         assert torch.equal(
             model.blocks[1].attn1.vsparse.to_gate_compress.bias, weights["blocks.1.to_gate_compress.bias"]
         )
+
+
+def test_fastwan_gates_of_two_experts(tmp_path: Path) -> None:
+    import tiny_pipelines
+
+    pipe = tiny_pipelines.wan(experts=2)[0]
+    for i, name in enumerate(("transformer", "transformer_2")):
+        weights = _fastwan("blocks.{}.to_gate_compress", seed=i, dim=pipe.transformer.blocks[0].attn1.to_q.in_features)
+        _sharded(weights, tmp_path / name)
+    with vsparse.load(pipe, tmp_path) as patch:
+        assert {name.split(".")[0] for name, _ in patch.named_parameters()} == {"transformer", "transformer_2"}
+        assert torch.equal(
+            pipe.transformer_2.blocks[1].attn1.vsparse.to_gate_compress.bias, weights["blocks.1.to_gate_compress.bias"]
+        )
+    with pytest.raises(ValueError, match=r"does not fit this model: missing: transformer_2\."):
+        vsparse.load(pipe, tmp_path / "transformer")
+
+
+def test_an_incomplete_checkpoint_isrefused(tmp_path: Path) -> None:
+    """By the index, and where there is none by the names; what holds no gates may be missing."""
+    _sharded(_fastwan("blocks.{}.to_gate_compress"), tmp_path)
+    (tmp_path / "model-0.safetensors").unlink()
+    with vsparse.load(rows.build("wan")[0], tmp_path):
+        pass
+    (tmp_path / "model-3.safetensors").unlink()
+    refused(tmp_path, ValueError, r"index.json names model-3.safetensors, which is not there; .* is incomplete")
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    refused(tmp_path, ValueError, "index.json is not a readable index of shards")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    refused(tmp_path, ValueError, r"missing: transformer.blocks.1.attn1.to_gate_compress.weight")
+
+
+def test_the_same_gates_twice_arerefused(tmp_path: Path) -> None:
+    """Two precisions of one checkpoint beside each other."""
+    weights = _fastwan("blocks.{}.to_gate_compress")
+    save_file(weights, tmp_path / "model.safetensors")
+    save_file({name: x.half() for name, x in weights.items()}, tmp_path / "model.fp16.safetensors")
+    refused(tmp_path, ValueError, r"holds blocks.0.to_gate_compress.\w+ more than once; name one file")
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.pt", "model.pth", "last.ckpt"])
+def test_pickled_gates_arerefused(name: str, tmp_path: Path) -> None:
+    torch.save(_fastwan("blocks.{}.to_gate_compress"), tmp_path / name)
+    words = rf"is stored as a pickle \({name}\), which runs code when it is read; convert it to safetensors"
+    refused(tmp_path, ValueError, words)
+    refused(tmp_path / name, ValueError, words)
 
 
 def test_fastwan_gates_that_do_not_fit_arerefused(tmp_path: Path) -> None:

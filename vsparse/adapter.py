@@ -31,6 +31,7 @@ _HOST = "host/"  # before the names of tensors that are samples of the host's we
 _FASTWAN = re.compile(
     r"^(?:(?P<root>transformer\w*)\.)?(?P<block>blocks\.\d+)\.(?:attn1\.)?to_gate_compress\.(?P<part>weight|bias)$"
 )
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dc.dataclass(frozen=True, kw_only=True, eq=False)
@@ -161,14 +162,15 @@ def read(directory: str | os.PathLike[str]) -> Stored:
         raise FileNotFoundError(f"load: {path} does not exist")
     if _is_adapter(path):
         return _read_adapter(path)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     tensors: dict[str, Tensor] = {}
-    for file in files:
+    for folder, file in _checkpoint(path):
         for name, x in _tensors(file, _FASTWAN).items():
             found = _FASTWAN.match(name)
             assert found is not None
-            root = found["root"] or "transformer"
-            tensors[f"{root}.{found['block']}.attn1.to_gate_compress.{found['part']}"] = x
+            mine = f"{found['root'] or folder}.{found['block']}.attn1.to_gate_compress.{found['part']}"
+            if mine in tensors:
+                raise ValueError(f"load: {path} holds {name} more than once; name one file")
+            tensors[mine] = x
     if not tensors:
         raise ValueError(
             f"load: {path} is neither a vsparse adapter (no {_CONFIG}) nor a checkpoint with to_gate_compress weights"
@@ -204,6 +206,37 @@ def _models(tables: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
             model=table["class"], config=dict(table["config"]), weights=weights, unread=table["unread"]
         )
     return found
+
+
+def _checkpoint(path: Path) -> list[tuple[str, Path]]:
+    """Files of a checkpoint, each with its model's name: one file, the folder of a model, or that of a pipeline."""
+    if path.is_file():
+        files = [("transformer", path)]
+    else:
+        folders = [("transformer", path), *((folder.name, folder) for folder in sorted(path.glob("transformer*/")))]
+        files = [(name, file) for name, folder in folders for file in sorted(folder.iterdir())]
+    pickles = [file.name for _, file in files if file.suffix in _PICKLES]
+    safe = [(name, file) for name, file in files if file.suffix == ".safetensors"]
+    if pickles and not safe:
+        raise ValueError(
+            f"load: {path} is stored as a pickle ({', '.join(pickles[:3])}), which runs code when it is read; convert "
+            "it to safetensors"
+        )
+    for _, file in files:
+        if file.name.endswith(".safetensors.index.json"):
+            _check_index(file)
+    return safe or [(name, file) for name, file in files if file == path]
+
+
+def _check_index(index: Path) -> None:
+    """Refuse a sharded checkpoint without the shards that hold gates."""
+    try:
+        shards = {shard for name, shard in json.loads(index.read_text())["weight_map"].items() if _FASTWAN.match(name)}
+        gone = sorted(shard for shard in shards if not (index.parent / shard).exists())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"load: {index} is not a readable index of shards: {error!r}") from error
+    if gone:
+        raise ValueError(f"load: {index} names {', '.join(gone[:3])}, which is not there; the checkpoint is incomplete")
 
 
 def _tensors(file: Path, wanted: re.Pattern[str] | None = None) -> dict[str, Tensor]:

@@ -350,7 +350,8 @@ def load(target: object, directory: str | os.PathLike[str], /, *, strict: bool =
     Args:
         target: A pipeline or model. Unpatched: it is patched as the adapter says (a FastWan checkpoint: with "vsa").
             Patched: its parts are overwritten; method and sites must fit.
-        directory: The adapter's folder, or a folder or file of safetensors with ``to_gate_compress`` weights.
+        directory: The adapter's folder, or a checkpoint with ``to_gate_compress`` weights: a file of safetensors, a
+            model's folder, sharded or not, or that of a whole pipeline.
         strict: As of `apply`. False: also loads an adapter that was saved from another model, and warns.
 
     An adapter fits the model that it was saved from and what was made of it by casting, merging a LoRA or fine-tuning;
