@@ -13,9 +13,9 @@ __all__ = ["LIMIT", "SAMPLES", "Fingerprint", "differences", "distance", "sample
 
 SAMPLES = 64
 
-# The geometric middle between the two things to be told apart. Below: the same weights, stored coarsely; the coarsest
-# dtype that hosts store weights in is float8_e4m3, whose half unit is 2^-4 of a value. Above: independent weights of
-# one size, which are sqrt(2) of that size apart. The room between is for a merged LoRA and for fine-tuning.
+# The geometric middle between the two things to be told apart. Below: the same weights after they were stored coarsely,
+# as layerwise casting does in float8_e4m3, whose half unit is 2^-4 of a value. Above: independent weights of one size,
+# which are sqrt(2) of that size apart. The room between is for a merged LoRA and for fine-tuning.
 LIMIT = (2.0**-4 * 2.0**0.5) ** 0.5
 
 

@@ -167,7 +167,8 @@ def placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     """
     linear = module.get_submodule("to_q")
     parameters = [*linear.parameters(), *module.parameters()]
-    linear = _without_lora(linear)
+    while isinstance(inner := getattr(linear, "base_layer", None), nn.Module):
+        linear = inner
     hooks = _hooks(linear)
     device = torch.device(getattr(getattr(linear, "_hf_hook", None), "execution_device", None) or parameters[0].device)
     if "group_offloading" in hooks:
@@ -180,12 +181,12 @@ def placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 def fingerprint(module: nn.Module) -> Fingerprint:
     """Class, configuration, and samples of the query projections: every attention module has one, and keeps it when
-    projections are fused or a LoRA comes around it."""
+    projections are fused. A LoRA around it hands out the weight that it is around."""
     host = _host(module)
     names = {base.__name__ for base in type(module).__mro__}
     config: Any = module.config
     values = {name: _plain(value) for name, value in config.items() if not name.startswith("_")}
-    layers = {name: _without_lora(attention.get_submodule("to_q")) for name, attention in host.sites(module)}
+    layers = {name: attention.get_submodule("to_q") for name, attention in host.sites(module)}
     samples = {name: sample(getattr(layer, "weight", None)) for name, layer in layers.items()}
     if any(_on_disk(x) for x in module.modules()):
         samples = dict.fromkeys(samples, "weights that are offloaded to disk")
@@ -203,12 +204,6 @@ _PLAIN = (bool, int, float, str, tuple, type(None))
 def _plain(value: Any) -> Any:
     """A configuration's value, which is a list or a tuple depending on whether it was read from a file."""
     return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
-
-
-def _without_lora(linear: nn.Module) -> nn.Module:
-    while isinstance(inner := getattr(linear, "base_layer", None), nn.Module):
-        linear = inner
-    return linear
 
 
 def _hooks(module: nn.Module) -> Mapping[str, Any]:
