@@ -124,18 +124,20 @@ class JengaAttention(SparseAttention):
         text = blocking.text
         pooled = pooled if text is None else torch.where(text, -torch.inf, pooled)
         video = call.layout.video_tiles
-        most = kept_blocks(self.peak_density, video)
-        # Counted before the softmax, where far blocks may underflow to the 0 of text.
-        best = select.top_k(pooled, blocking, count=select.budget(call.density, video), capacity=most)
-        chosen = select.top_p(
-            pooled.softmax(-1),
+        # Blocks are ranked once, by the logits: a softmax rounds small differences away, so that its best are others,
+        # and takes far blocks to the 0 of text. It says only how many of the best hold the mass; n of K blocks hold at
+        # least n / K of it, one more covers rounding.
+        most = kept_blocks(method.mass, video) + 1
+        needed = select.top_p(
+            pooled.softmax(-1), blocking, mass=method.mass, include_crossing=True, capacity=most
+        ).count
+        chosen = select.top_k(
+            pooled,
             blocking,
-            mass=method.mass,
-            include_crossing=True,
-            forced=best.to_mask() | static.to_mask(),
+            count=select.budget(call.density, video).maximum(needed),
+            forced=static.to_mask(),
             forced_budget="join",
-            # Both are the best of one ranking; n of K blocks hold at least n / K of the mass, one more covers rounding.
-            capacity=max(most, kept_blocks(method.mass, video) + 1) + static.capacity,
+            capacity=max(kept_blocks(self.peak_density, video), most) + static.capacity,
         )
         if method.text_bias == 0.0:
             return chosen
