@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vsparse.blocks import BlockMap
-from vsparse.geometry import Grid
+from vsparse.geometry import Grid, Segment, kept_blocks
 from vsparse.layouts import Blocking, Layout
 from vsparse.patterns import Pattern, block_map
 from vsparse.schedule import Phase, Schedule
@@ -25,7 +25,10 @@ __all__ = [
     "SparseAttention",
     "check_density",
     "given_hidden",
+    "greatest_density",
+    "predict_density",
     "static_maps",
+    "with_text",
     "zero_linear",
 ]
 
@@ -291,12 +294,29 @@ def static_maps(sites: Sequence[SparseAttention], layout: Layout) -> dict[int, B
     return {layer: wide[kind] for layer, kind in kinds.items()}
 
 
+def with_text(grid: Grid, share: float) -> float:
+    """Executed density when ``share`` of the pairs of video tokens is computed, and every pair with text."""
+    return share + (1.0 - share) * (1.0 - grid.video**2 / grid.tokens**2)
+
+
 def predict_density(layout: Layout, density: float) -> float:
     """Executed density when ``density`` of the video blocks and all text is kept, lengths averaged."""
-    video, text = layout.grid.video, layout.grid.text
-    blocks = layout.video_tiles
-    kept = min(blocks, max(1, -int(-(density * blocks - 1e-9) // 1))) / blocks
-    return (video * (video * kept + text) + text * (video + text)) / (video + text) ** 2
+    return with_text(layout.grid, kept_blocks(density, layout.video_tiles) / layout.video_tiles)
+
+
+def greatest_density(layout: Layout, count: int, static: BlockMap | None = None) -> float:
+    """Executed density that no map exceeds whose rows choose ``count`` tiles of the video, whichever the data says.
+
+    Every row is given the largest tiles, on top of what a static map keeps of it, and all text, in full length.
+    """
+    tiles = layout.tiled
+    size = torch.where(tiles.segment == int(Segment.TEXT), 0, tiles.length[0, 0]).double()
+    free = size[None]
+    if static is not None:
+        per_tile = layout.blocks_per_tile
+        free = torch.where(static.to_mask()[0, :, ::per_tile, ::per_tile], 0, size)
+    kept = size.sum() - free.sum(-1) + free.topk(min(count, len(size))).values.sum(-1)
+    return with_text(layout.grid, float((kept * size).sum(-1).mean() / layout.grid.video**2))
 
 
 def check_density(name: str, value: float) -> None:

@@ -12,7 +12,7 @@ from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Blocking, Layout, TileLayout
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, with_text
 from vsparse.schedule import Phase
 
 __all__ = ["DraftAttention", "LowResolutionAttention"]
@@ -60,9 +60,8 @@ class DraftAttention(Method):
 
     def predicted_density(self, layout: Layout, site: Site) -> float:
         """Share of the pairs of cells, forced text included; up to one cell per row may come on top of it."""
-        video, text, cells = layout.grid.video, layout.grid.text, layout.video_tiles
-        kept = kept_blocks(self.density, cells**2) / cells**2
-        return (video**2 * kept + text * (2 * video + text)) / (video + text) ** 2
+        pairs = layout.video_tiles**2
+        return with_text(layout.grid, kept_blocks(self.density, pairs) / pairs)
 
     def search_flops(self, layout: Layout, site: Site, batch: int, phase: Phase) -> float:
         """Pooling and the pooled scores."""

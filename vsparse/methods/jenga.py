@@ -18,7 +18,7 @@ from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Blocking, CurveLayout, Layout
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, greatest_density
 from vsparse.patterns import Offset, Pattern
 from vsparse.schedule import Phase, Schedule
 
@@ -87,9 +87,12 @@ class Jenga(Method):
 
     def predicted_density(self, layout: Layout, site: Site) -> float:
         """An upper bound, as the map depends on the data: the larger share of the blocks, and what touches."""
-        chosen = kept_blocks(max(self.density, self.mass), layout.video_tiles) / layout.video_tiles
-        touching = float(self.static_map(layout, site).density())
-        return min(1.0, touching + chosen * (1.0 - touching))
+        return greatest_density(layout, self.most_chosen(self.density, layout), self.static_map(layout, site))
+
+    def most_chosen(self, density: float, layout: Layout) -> int:
+        """Blocks that a row chooses at most, touching ones aside."""
+        video = layout.video_tiles
+        return max(kept_blocks(density, video), select.top_p_capacity(self.mass, video))
 
     def search_flops(self, layout: Layout, site: Site, batch: int, phase: Phase) -> float:
         """Pooling and the pooled scores."""
@@ -125,11 +128,13 @@ class JengaAttention(SparseAttention):
         pooled = pooled if text is None else torch.where(text, -torch.inf, pooled)
         video = call.layout.video_tiles
         # Blocks are ranked once, by the logits: a softmax rounds small differences away, so that its best are others,
-        # and takes far blocks to the 0 of text. It says only how many of the best hold the mass; n of K blocks hold at
-        # least n / K of it, one more covers rounding.
-        most = kept_blocks(method.mass, video) + 1
+        # and takes far blocks to the 0 of text. It says only how many of the best hold the mass.
         needed = select.top_p(
-            pooled.softmax(-1), blocking, mass=method.mass, include_crossing=True, capacity=most
+            pooled.softmax(-1),
+            blocking,
+            mass=method.mass,
+            include_crossing=True,
+            capacity=select.top_p_capacity(method.mass, video),
         ).count
         chosen = select.top_k(
             pooled,
@@ -137,7 +142,7 @@ class JengaAttention(SparseAttention):
             count=select.budget(call.density, video).maximum(needed),
             forced=static.to_mask(),
             forced_budget="join",
-            capacity=max(kept_blocks(self.peak_density, video), most) + static.capacity,
+            capacity=method.most_chosen(self.peak_density, call.layout) + static.capacity,
         )
         if method.text_bias == 0.0:
             return chosen

@@ -15,7 +15,7 @@ from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Blocking, ClusterLayout, Layout, arrange
 from vsparse.methods import chance
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, greatest_density
 from vsparse.reference import statistics_dtype
 from vsparse.schedule import Phase, Schedule
 
@@ -92,11 +92,10 @@ class SVG2(Method):
         return "refresh" if found == "search" and filled and step is not None else found
 
     def predicted_density(self, layout: Layout, site: Site) -> float:
-        """An upper bound, as the map depends on the data: no more than ``mass`` of the key clusters."""
-        share = min(1.0, max(self.mass, self.least) + 1.0 / layout.video_tiles)
-        grid = layout.grid
-        video, text = grid.video, grid.text
-        return (video * (video * share + text) + text * (video + text)) / (video + text) ** 2
+        """As if clusters were equal, and as many of them kept as hold ``mass`` at most: unequal ones may hold more."""
+        clusters = layout.video_tiles
+        count = max(kept_blocks(self.least, clusters), select.top_p_capacity(self.mass, clusters))
+        return greatest_density(layout, count)
 
     def state(
         self, layout: Layout, site: Site, batch: int, dtype: torch.dtype
