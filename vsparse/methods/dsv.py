@@ -244,7 +244,7 @@ class DSVAttention(SparseAttention):
         with torch.no_grad():
             share = _critical(true * q.shape[-1] ** -0.5, call.blocking, method.mass)
             fresh = torch.cat((loss.detach()[None], share)).double()
-            keep = torch.where(progress[0] == 0, 0.0, method.momentum)
+            keep = (progress[0] > 0).double() * method.momentum
             averages = keep * progress[1:] + (1.0 - keep) * fresh
             self.state.stage("progress", torch.cat((progress[:1] + 1, averages)).view(torch.int64))
         self.state.hand_out("loss", loss)
