@@ -91,7 +91,8 @@ class LowResolutionAttention(SparseAttention):
     def _choose(self, q: Tensor, k: Tensor, blocking: Blocking, density: Tensor) -> BlockMap:
         """Best pairs of cells of each head, as a map over blocks."""
         cells = blocking.tiles()
-        pooled = torch.einsum("bqhd,bkhd->bhqk", _mean(q, cells), _mean(k, cells)) * q.shape[-1] ** -0.5
+        q_mean, k_mean = (ops.block_pool(x, cells) for x in (q, k))
+        pooled = torch.einsum("bqhd,bkhd->bhqk", q_mean, k_mean) * q.shape[-1] ** -0.5
         text = cells.text
         share = (pooled if text is None else torch.where(text, -torch.inf, pooled)).softmax(-1)
         # Text is on top of the budget, which is a share of the pairs of video cells.
@@ -99,9 +100,3 @@ class LowResolutionAttention(SparseAttention):
         budget = density * (video / cells.blocks) ** 2
         chosen = select.head_global(share, cells, density=budget, least=1, forced=select.forced_text(cells))
         return select.expand_tiles(chosen, blocking)
-
-
-def _mean(x: Tensor, cells: Blocking) -> Tensor:
-    pooled = ops.block_pool(x, cells)
-    assert isinstance(pooled, Tensor)
-    return pooled

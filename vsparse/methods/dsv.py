@@ -191,7 +191,7 @@ class DSVAttention(SparseAttention):
         if method.granularity == "token":
             keys, side, candidates = k_low, blocking.rows(), grid.video
         else:
-            keys, side, candidates = _mean(k_low, tiles), tiles, video
+            keys, side, candidates = ops.block_pool(k_low, tiles), tiles, video
         scores = torch.einsum("bqhd,bkhd->bhqk", proxy, keys)
         share, full = self._budget(call.density, progress)
         forced = full[None, :, None, None]
@@ -269,9 +269,3 @@ def _critical(logits: Tensor, blocking: Blocking, mass: float) -> Tensor:
     ranked = by_tile.sort(dim=1, descending=True).values
     count: Tensor = (ranked.cumsum(1) - ranked < mass).sum(1)
     return count.to(logits.dtype).mean((0, 2)) / layout.video_tiles
-
-
-def _mean(x: Tensor, tiles: Blocking) -> Tensor:
-    pooled = ops.block_pool(x, tiles)
-    assert isinstance(pooled, Tensor)
-    return pooled

@@ -123,7 +123,8 @@ class JengaAttention(SparseAttention):
     def _choose(self, q: Tensor, k: Tensor, blocking: Blocking, call: Call) -> BlockMap:
         method, static = self.method, call.static
         assert static is not None
-        pooled = torch.einsum("bqhd,bkhd->bhqk", _mean(q, blocking), _mean(k, blocking)) * q.shape[-1] ** -0.5
+        q_mean, k_mean = (ops.block_pool(x, blocking) for x in (q, k))
+        pooled = torch.einsum("bqhd,bkhd->bhqk", q_mean, k_mean) * q.shape[-1] ** -0.5
         text = blocking.text
         pooled = pooled if text is None else torch.where(text, -torch.inf, pooled)
         video = call.layout.video_tiles
@@ -150,12 +151,6 @@ class JengaAttention(SparseAttention):
             raise ValueError(f"jenga: text_bias={method.text_bias} for {self.site.name}, whose sequence holds no text")
         bias = torch.where(text, method.text_bias, 0.0).float()
         return dc.replace(chosen, key_bias=bias[None, None])
-
-
-def _mean(x: Tensor, blocking: Blocking) -> Tensor:
-    pooled = ops.block_pool(x, blocking)
-    assert isinstance(pooled, Tensor)
-    return pooled
 
 
 @contextlib.contextmanager

@@ -106,7 +106,8 @@ class NablaAttention(SparseAttention):
         """Top-p over tiles, joined with the static map, as a map over blocks."""
         tiles, mass = blocking.tiles(), self.method.mass
         per_tile = blocking.blocks // tiles.blocks
-        pooled = torch.einsum("bqhd,bkhd->bhqk", _mean(q, tiles), _mean(k, tiles)) * q.shape[-1] ** -0.5
+        q_mean, k_mean = (ops.block_pool(x, tiles) for x in (q, k))
+        pooled = torch.einsum("bqhd,bkhd->bhqk", q_mean, k_mean) * q.shape[-1] ** -0.5
         text = tiles.text
         share = (pooled if text is None else torch.where(text, -torch.inf, pooled)).softmax(-1)
         video = blocking.layout.video_tiles  # type: ignore[union-attr]
@@ -120,9 +121,3 @@ class NablaAttention(SparseAttention):
             capacity=select.top_p_capacity(mass, video) + static.capacity,
         )
         return select.expand_tiles(chosen, blocking)
-
-
-def _mean(x: Tensor, tiles: Blocking) -> Tensor:
-    pooled = ops.block_pool(x, tiles)
-    assert isinstance(pooled, Tensor)
-    return pooled

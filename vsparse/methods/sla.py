@@ -103,7 +103,8 @@ class SLAAttention(SparseAttention):
         blocking, grid = call.blocking, call.grid
         video = slice(grid.text_before, grid.text_before + grid.video)
         q_slots, k_slots, v_slots = blocking.pack(q), blocking.pack(k), blocking.pack(v)
-        scores = torch.einsum("bqhd,bkhd->bhqk", _pool(q_slots.detach(), blocking), _pool(k_slots.detach(), blocking))
+        q_mean, k_mean = (ops.block_pool(x.detach(), blocking) for x in (q_slots, k_slots))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q_mean, k_mean)
         blocks = self._critical(scores, blocking, call)
         self.tally(blocks, q.shape[0])
         out, _ = ops.block_sparse_attention(q_slots, k_slots, v_slots, blocks)
@@ -159,9 +160,3 @@ def _linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = torch.einsum("bnhd,bhde->bnhe", q, state)
         total = parts[..., -1:]
         return torch.where(total > 0, parts[..., :-1] / torch.where(total > 0, total, 1), 0)
-
-
-def _pool(x: Tensor, blocking: Blocking) -> Tensor:
-    pooled = ops.block_pool(x, blocking)
-    assert isinstance(pooled, Tensor)
-    return pooled
