@@ -229,11 +229,8 @@ class DSVAttention(SparseAttention):
 
     def _learn(self, q: Tensor, k: Tensor, hidden: Tensor, call: Call, progress: Tensor) -> None:
         """Loss of the predictor on sampled queries, and the averages after this call."""
-        method, grid = self.method, call.grid
-        count = min(method.rows, grid.video)
-        edge = torch.arange(count + 1, device=q.device) * grid.video // count
-        drawn = chance.integers(count, salt=self.salt, step=progress[0].long())
-        token = edge[:-1] + drawn % (edge[1:] - edge[:-1])
+        method = self.method
+        token = chance.spread(method.rows, call.grid.video, salt=self.salt, step=progress[0].long())
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         with torch.no_grad():
             true = torch.einsum("brhd,bkhd->bhrk", q.index_select(1, token).to(wide), k.to(wide))

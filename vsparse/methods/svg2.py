@@ -143,8 +143,8 @@ class SVG2Attention(SparseAttention):
         grid, method = call.grid, self.method
         video = x.detach()[:, grid.text_before : grid.text_before + grid.video]
         if self.phase == "search":
-            count = layout.video_tiles
-            first = video.index_select(1, self._first(grid, count, call.step))
+            token = chance.spread(layout.video_tiles, grid.video, salt=self.salt, step=call.step)
+            first = video.index_select(1, token)
             start, turns = first.transpose(1, 2).to(statistics_dtype(x.dtype)), method.first_iterations
         else:
             start, turns = self.state.read(name), method.iterations if self.phase == "refresh" else 0
@@ -152,11 +152,6 @@ class SVG2Attention(SparseAttention):
         if turns:
             self.state.stage(name, means)
         return arrange(layout, labels, call.text_length), means
-
-    def _first(self, grid: Grid, count: int, step: Tensor) -> Tensor:
-        """``[count]`` int64: one video token from each of as many equal parts."""
-        edge = torch.arange(count + 1, device=self.salt.device) * grid.video // count
-        return edge[:-1] + chance.integers(count, salt=self.salt, step=step) % (edge[1:] - edge[:-1])
 
     def _choose(self, q: Blocking, q_means: Tensor, k: Blocking, k_means: Tensor, grid: Grid) -> BlockMap:
         """Top-p of the size-weighted scores of the centroids, all text besides."""
