@@ -124,13 +124,15 @@ def sampled(one: Driven, step: int) -> Tensor:
 
 
 @GRIDS
-def test_loss_by_hand(grid: vsparse.Grid) -> None:
+@pytest.mark.parametrize("half", [False, True], ids=["", "autocast"])
+def test_loss_by_hand(grid: vsparse.Grid, half: bool) -> None:
     """Direction and size of the logits of sampled queries, over the video; it reaches the predictor only."""
     q, k, v = (x.requires_grad_() for x in tensors(grid, batch=2))
     hidden = hidden_of(grid).requires_grad_()
     one = driven(FIXED, grid, train=True)
     rows = sampled(one, 0)
-    one(q, k, v, hidden)
+    with torch.autocast("cpu", enabled=half):
+        one(q, k, v, hidden)
     assert one.loss is not None
 
     def hand(dtype: torch.dtype) -> Tensor:

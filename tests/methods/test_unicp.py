@@ -12,8 +12,10 @@ from oracle import assert_identity, check
 from torch import Tensor
 
 import vsparse
+from vsparse.methods import Method
 from vsparse.methods.sparge import SpargeAttn
 from vsparse.methods.unicp import UniCP, UniCPAttention, relative_change
+from vsparse.methods.vsa import VSA
 
 VIDEO = vsparse.Grid(t=3, h=4, w=5)
 TEXT = vsparse.Grid(t=3, h=4, w=5, text_after=10)
@@ -210,13 +212,28 @@ def test_the_basis_is_trained() -> None:
 
 
 @GRIDS
-def test_an_inner_method_computes(grid: vsparse.Grid) -> None:
-    inner = SpargeAttn(mass=0.5, block=4, similarity=0.12)
+@pytest.mark.parametrize("half", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize(
+    "inner",
+    [SpargeAttn(mass=0.5, block=4, similarity=0.12), VSA(density=0.3, tile=(1, 2, 2), block=4)],
+    ids=["sparge", "vsa"],
+)
+def test_an_inner_method_computes(grid: vsparse.Grid, inner: Method, half: bool) -> None:
+    """To the bit, a branch with parameters of its own and its autocast included."""
     q, k, v = tensors(grid, batch=2)
+    hidden = torch.randn(2, grid.video, HEADS * DIM, generator=torch.Generator().manual_seed(1))
     one, alone = driven(UniCP(windows=3, inner=inner), grid), Driven(inner, grid, LENGTHS if grid.text else None)
-    wanted = alone(q, k, v)
+    with torch.no_grad():
+        for mine, theirs in zip(one.module.parameters(), alone.module.parameters(), strict=True):
+            mine.copy_(theirs.copy_(torch.randn(mine.shape, generator=torch.Generator().manual_seed(2))))
+
+    def run(site: Driven, phase: str) -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", enabled=half):
+            return site(q, k, v, hidden, phase=phase)
+
+    wanted = run(alone, "search")
     for phase in ("search", "output", "refresh", "reuse"):
-        assert torch.equal(one(q, k, v, phase=phase), wanted)
+        assert torch.equal(run(one, phase), wanted)
         if phase != "output":
             assert torch.equal(one.keep(), alone.keep())
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses as dc
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -116,15 +117,21 @@ class SparseAttention(nn.Module):
         self.added: frozenset[str] = frozenset()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of this site in host order: q, k, v and the result are ``[B, N, H, D]``."""
+        """Attention of this site in host order: q, k, v and the result are ``[B, N, H, D]``.
+
+        `core` runs without autocast, which would take scores, losses and centroids to half precision: q, k and v come
+        in the dtype that attention is computed in. `combine` runs under it, like the layers of the host.
+        """
         assert self.call is not None
-        fine, aux = self.core(q, k, v, self.hidden, self.call)
+        kind = q.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
+            fine, aux = self.core(q, k, v, self.hidden, self.call)
         return self.combine(fine, aux, self.hidden, self.call)
 
     def core(
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Pack, select, attend, unpack.
+        """Pack, select, attend, unpack; without autocast, so ``hidden`` may come in another dtype than q, k and v.
 
         Returns:
             ``fine [B, N, H, D]`` in host order, and tensors for `combine`.

@@ -166,14 +166,16 @@ class DSVAttention(SparseAttention):
             video = slice(grid.text_before, grid.text_before + grid.video)
             self._learn(q.detach()[:, video], k.detach()[:, video], hidden.detach(), call, progress)
         with torch.no_grad():
-            blocks = self._choose(self._low(hidden), call, progress)
+            blocks = self._choose(self._low(hidden, q.dtype), call, progress)
         self.tally(blocks, q.shape[0])
         out, _ = ops.block_sparse_attention(blocking.pack(q), blocking.pack(k), blocking.pack(v), blocks)
         return blocking.unpack(out), ()
 
-    def _low(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _low(self, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Predicted queries and keys, ``[B, video, H, rank]`` float32 (float64 for a float64 host)."""
-        low = self.predictor(hidden.to(self.predictor.weight.dtype))
+        stored = self.predictor.weight.dtype
+        # Layerwise casting stores weights in float8 and computes with them in the dtype that q comes in.
+        low = self.predictor(hidden.to(dtype if stored.itemsize == 1 else stored))
         low = low if low.dtype == torch.float64 else low.float()
         q, k = low.unflatten(-1, (2, self.site.heads, self.method.rank)).unbind(2)
         return q, k
@@ -235,7 +237,7 @@ class DSVAttention(SparseAttention):
         with torch.no_grad():
             true = torch.einsum("brhd,bkhd->bhrk", q.index_select(1, token).to(wide), k.to(wide))
         with torch.enable_grad():
-            q_low, k_low = self._low(hidden)
+            q_low, k_low = self._low(hidden, q.dtype)
             guess = torch.einsum("brhd,bkhd->bhrk", q_low.index_select(1, token), k_low)
             loss = _loss(guess, true, method.cosine)
         with torch.no_grad():

@@ -120,7 +120,7 @@ class SLAAttention(SparseAttention):
     def combine(self, fine: Tensor, aux: tuple[Tensor, ...], hidden: Tensor | None, call: Call) -> Tensor:
         """Add the projected linear branch to the video tokens."""
         grid = call.grid
-        branch = self.to_linear(aux[0].to(self.to_linear.weight.dtype)).to(fine.dtype)
+        branch = self.to_linear(aux[0].to(fine.dtype)).to(fine.dtype)
         return fine + F.pad(branch, (0, 0, 0, 0, grid.text_before, grid.text_after)) if grid.text else fine + branch
 
     def _critical(self, scores: Tensor, blocking: Blocking, call: Call) -> BlockMap:
@@ -155,8 +155,7 @@ class SLAAttention(SparseAttention):
 
 def _linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """``[B, N, H, D]``: linear attention of all tokens; 0 where the denominator is."""
-    with torch.autocast(q.device.type, enabled=False):
-        state = torch.einsum("bnhd,bnhe->bhde", k, F.pad(v.to(k.dtype), (0, 1), value=1.0))
-        parts = torch.einsum("bnhd,bhde->bnhe", q, state)
-        total = parts[..., -1:]
-        return torch.where(total > 0, parts[..., :-1] / torch.where(total > 0, total, 1), 0)
+    state = torch.einsum("bnhd,bnhe->bhde", k, F.pad(v.to(k.dtype), (0, 1), value=1.0))
+    parts = torch.einsum("bnhd,bhde->bnhe", q, state)
+    total = parts[..., -1:]
+    return torch.where(total > 0, parts[..., :-1] / torch.where(total > 0, total, 1), 0)
