@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses as dc
-import functools
-import itertools
 import math
-from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from vsparse import ops, select
 from vsparse.blocks import BlockMap
@@ -77,13 +72,6 @@ class Jenga(Method):
     def static_pattern(self, site: Site) -> Pattern:
         """Positions at most one apart along every axis."""
         return Offset(low=(-1, -1, -1), high=(1, 1, 1))
-
-    def static_map(self, layout: Layout, site: Site) -> BlockMap:
-        """The block form of `static_pattern`, from the faces of the lattice: the pieces of a curve have no box."""
-        device = layout.length.device
-        with _plain():
-            keep, capacity = _touching(layout.grid, layout.block)
-            return BlockMap.from_mask(keep.to(device), layout.bind(), capacity=capacity)
 
     def predicted_density(self, layout: Layout, site: Site) -> float:
         """An upper bound, as the map depends on the data: the larger share of the blocks, and what touches."""
@@ -151,34 +139,3 @@ class JengaAttention(SparseAttention):
             raise ValueError(f"jenga: text_bias={method.text_bias} for {self.site.name}, whose sequence holds no text")
         bias = torch.where(text, method.text_bias, 0.0).float()
         return dc.replace(chosen, key_bias=bias[None, None])
-
-
-@contextlib.contextmanager
-def _plain() -> Iterator[None]:
-    """Real tensors, whatever mode the caller is in: they outlive it."""
-    with torch.inference_mode(False), _disable_current_modes(), torch.device("cpu"):
-        yield
-
-
-@functools.lru_cache(maxsize=64)
-def _touching(grid: Grid, block: int) -> tuple[Tensor, int]:
-    """Pairs of blocks with positions at most one apart along every axis, or text, and the longest row but full ones.
-
-    Returns:
-        ``[1, 1, K, K]`` bool on the CPU, and a number.
-    """
-    layout = CurveLayout(grid, block=block)
-    first = grid.text_before
-    owner = layout.token_block[0, 0, first : first + grid.video].view(grid.t, grid.h, grid.w)
-    keep = torch.zeros(layout.blocks, layout.blocks, dtype=torch.bool)
-    for step in itertools.product((-1, 0, 1), repeat=3):
-        here, there = owner, owner
-        for axis, (shift, size) in enumerate(zip(step, owner.shape, strict=True)):
-            here = here.narrow(axis, max(0, -shift), size - abs(shift))
-            there = there.narrow(axis, max(0, shift), size - abs(shift))
-        keep[here.flatten(), there.flatten()] = True
-    text = layout.bind().text
-    if text is not None:
-        keep = keep | text | text[:, None]
-    count = keep.sum(-1)
-    return keep[None, None], int(torch.where(count < len(keep), count, 0).max())
