@@ -65,6 +65,6 @@ def cluster_tokens(x: Tensor, centroids: Tensor, *, iterations: int) -> tuple[Te
         raise ValueError(f"centroids must be {statistics_dtype(x.dtype)} for x of {x.dtype}, got {centroids.dtype}")
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
         raise ValueError(f"iterations must be an integer >= 0, got {iterations!r}")
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         labels, means = _cluster(x.detach(), centroids.detach(), iterations)
     return labels, means
