@@ -248,6 +248,8 @@ def stage_pack(folder: Path) -> None:
             told = json.loads(path.read_text())
             told.pop("_name_or_path", None)
             path.write_text(json.dumps(told, indent=2) + "\n")
+        for path in scratch.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         size = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
     print(f"{folder / 'tiny_wan'}: {size / 1e6:.1f} MB")
 
