@@ -284,6 +284,15 @@ def test_equal_patterns_are_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(built) == 3
 
 
+def test_equal_lists_are_made_once() -> None:
+    """A plan asks for the maps of every layer."""
+    layout = TileLayout(Grid(t=3, h=5, w=7), tile=(2, 2, 2))
+    algebra._lists.cache_clear()
+    for _ in range(3):
+        patterns.block_map((patterns.Window(size=3), patterns.Window(size=5)), layout)
+    assert algebra._lists.cache_info().misses == 2
+
+
 @pytest.mark.parametrize("mode", ["inference", "fake", "device", "no_grad"])
 def test_maps_are_ordinary_tensors_in_every_mode(mode: str) -> None:
     pattern = patterns.Window(size=3) | patterns.FrameBand(width=("inference", "fake", "device", "no_grad").index(mode))

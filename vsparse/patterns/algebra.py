@@ -347,9 +347,9 @@ def block_map(pattern: Pattern | tuple[Pattern, ...], layout: Layout, *, text: T
         )
     with _plain():
         blocking, on_cpu = layout.bind(), layout.to("cpu")
-        masks = {p: _block_mask(_Request(p, text, layout.key, on_cpu)) for p in dict.fromkeys(heads)}
-        capacity = max(_longest(mask) for mask in masks.values())
-        rows = {p: _lists(mask, capacity) for p, mask in masks.items()}
+        requests = {p: _Request(p, text, layout.key, on_cpu) for p in dict.fromkeys(heads)}
+        capacity = max(_longest(_block_mask(request)) for request in requests.values())
+        rows = {p: _lists(request, capacity) for p, request in requests.items()}
         index, count = (torch.stack([rows[p][i] for p in heads])[None] for i in range(2))
         device = layout.length.device
         return BlockMap(index.to(device), count.to(device), blocking, blocking)
@@ -404,8 +404,10 @@ def _longest(keep: Tensor) -> int:
     return int(torch.where(count < keep.shape[-1], count, 0).max())
 
 
-def _lists(keep: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Index ``[Q, M]`` and count ``[Q]`` of a mask; full rows are not listed."""
+@functools.lru_cache(maxsize=64)
+def _lists(request: _Request, capacity: int) -> tuple[Tensor, Tensor]:
+    """Index ``[Q, M]`` and count ``[Q]`` of a block form; full rows are not listed."""
+    keep = _block_mask(request)
     count = keep.sum(-1, dtype=torch.int32)
     row, column = (keep & (count < keep.shape[-1])[:, None]).nonzero().unbind(1)
     listed = torch.where(count < keep.shape[-1], count, 0).long()
