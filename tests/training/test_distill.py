@@ -11,6 +11,7 @@ import pytest
 import rows
 import tiny
 import torch
+from distilling import as_good, denoised, forward, host, learnt, one, same, task
 from oracle import check, still_generator, ulp_floor
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -20,77 +21,16 @@ from vsparse.training import distill
 from vsparse.training.distill import AttentionDistillation, VelocityDistillation
 from vsparse.training.draws import Draws
 from vsparse.training.loop import Trainer, TrainSettings
-from vsparse.training.objective import FlowMatching
 from vsparse.training.optimisers import OptimiserSettings
-from vsparse.training.task import Denoised, Denoising, Sample, Teacher
 from vsparse.training.teachers import StartWeights, teaching
 
 HOSTS = ("wan", "hunyuan_video", "cogvideox")
-ROUND = ("hidden_states", "timestep", "return_dict")
-FLOW = FlowMatching(shift=3.0)
-
-
-def host(
-    name: str, method: str = "attention_tile", *, dtype: torch.dtype = torch.float32, **options: Any
-) -> tuple[nn.Module, vsparse.Patch, dict[str, Any]]:
-    """A host in training mode, a patch that drops blocks, and two samples."""
-    model, inputs = rows.build(name, dtype=dtype, **options)
-    values = rows.prompt(name, inputs, batch=2)
-    return model.train(), rows.sparse(model, method, schedule=vsparse.Schedule()), values
-
-
-def forward(model: nn.Module, noisy: Tensor, timestep: Tensor, text: Mapping[str, Any]) -> Tensor:
-    return model(hidden_states=noisy, timestep=timestep, **text, return_dict=False)[0]  # type: ignore[no-any-return]
-
-
-def denoised(model: nn.Module, values: dict[str, Any], teacher: Teacher) -> Denoised:
-    """One watched prediction."""
-    clean = values["hidden_states"]
-    noise = Draws(("noise",)).normal(clean)
-    times = torch.tensor([0.2, 0.7], dtype=torch.float64)
-    noisy, timestep = FLOW.noise(clean, noise, times)
-    timestep = timestep.to(torch.int64)
-    text = {name: x for name, x in values.items() if name not in ROUND}
-    with teacher.watch():
-        prediction = forward(model, noisy, timestep, text)
-    return Denoised(
-        model=model,
-        forward=forward,
-        clean=clean,
-        noise=noise,
-        noisy=noisy,
-        times=times,
-        timestep=timestep,
-        text=text,
-        prediction=prediction,
-        draws=Draws(("teacher",)),
-    )
-
-
-def learnt(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """A loss and its gradients."""
-    model.zero_grad()
-    loss.backward()
-    return {"loss": loss.detach(), **{name: x.grad for name, x in model.named_parameters() if x.grad is not None}}
 
 
 def distilled(kind: type, name: str, method: str = "attention_tile", **options: Any) -> dict[str, Tensor]:
     model, patch, values = host(name, method, **options)
     teacher = kind(patch)
     return learnt(model, teacher.loss(denoised(model, values, teacher)))
-
-
-def as_good(found: Mapping[str, Tensor], exact: Mapping[str, Tensor], narrow: Mapping[str, Tensor]) -> None:
-    """Float64 results differ from those of the formula by less than the formula in float32 does, or by rounding."""
-    assert found.keys() == exact.keys()
-    for name, wanted in exact.items():
-        gap, known = (float((x.double() - wanted).abs().max()) for x in (found[name], narrow[name]))
-        assert gap <= max(known, ulp_floor(wanted)), f"{name}: differs by {gap:.3e}; float32 differs by {known:.3e}"
-
-
-def same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    assert [name for name, x in wanted.items() if not torch.equal(found[name], x)] == []
 
 
 # ---- the prediction ------------------------------------------------------------------------------------------------
@@ -368,20 +308,6 @@ def test_no_copy_is_made_unasked() -> None:
 # ---- in the loop ---------------------------------------------------------------------------------------------------
 
 
-def task(values: dict[str, Any], **options: Any) -> Denoising:
-    """One batch, over and over."""
-    text = {name: x for name, x in values.items() if name not in ROUND}
-    sample = Sample(latents=values["hidden_states"], text=text, name="noise")
-    given: dict[str, Any] = {"empty": {name: torch.zeros_like(x[:1]) for name, x in text.items()}, **options}
-    return Denoising(
-        forward=lambda model, noisy, timestep, text: forward(model, noisy, timestep.long(), text),
-        objective=FLOW,
-        source=lambda first, last: [sample] * (last - first),
-        empty_captions=0.0,
-        **given,
-    )
-
-
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
     """Noise is new in every step; still each of the last five misses less than any of the first five."""
     model, patch, values = host("wan")
@@ -417,8 +343,3 @@ def test_wrapped_for_several_processes_it_is_the_same(alone: None) -> None:
         assert losses.keys() == {"loss", "data", "velocity", "attention"}
         found.append(learnt(model, losses["loss"]))
     same(found[1], found[0])
-
-
-def one(values: dict[str, Any]) -> tuple[Sample, Draws]:
-    (sample,) = task(values).batches(0, 1)
-    return sample, Draws((0,))
