@@ -54,6 +54,7 @@ OPEN_OPTIONS = frozenset(
         ("vsparse/methods/base.py", "replace", "overrides"),
         ("vsparse/backend.py", "reasons", "options"),  # handed to the implementation as they came
         ("vsparse/backend.py", "lookup", "options"),
+        ("vsparse/training/teachers.py", "forward", "kwargs"),  # what the host's model takes
     }
 )
 

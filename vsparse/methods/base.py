@@ -86,6 +86,23 @@ class Call:
         """The lattice. One home for it: two references that are sometimes the same object cost a recompilation."""
         return self.layout.grid
 
+    def keys(self, batch: int) -> tuple[int, Tensor | None]:
+        """What full attention needs as keys, padded text left out.
+
+        Args:
+            batch: B; a single sample needs no mask, which is faster.
+
+        Returns:
+            How many tokens, n, from the first; and which of them are valid, ``[B, 1, 1, n]`` bool, None: all.
+        """
+        if self.trim is None or self.text_length is None:
+            return self.grid.tokens, None
+        size = self.trim.shape[0]
+        if batch == 1:
+            return size, None
+        last = self.grid.video + self.text_length
+        return size, (torch.arange(size, device=last.device) < last[:, None])[:, None, None]
+
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Paper:
