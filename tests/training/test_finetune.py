@@ -159,6 +159,20 @@ def test_a_ramp_ends_at_the_target(ground: Path, tmp_path: Path) -> None:
     assert densities == [1.0, 1.0, 0.75, 0.5]
 
 
+def test_all_losses_together(ground: Path, tmp_path: Path) -> None:
+    """Data, velocity and attention from the present weights, consistency from those of the start."""
+    words = "velocity = 0.5\nattention = 0.5\nconsistency = 0.25\nsegments = 2\nteacher_steps = 4\nguidance = 3.0"
+    ear = Ear()
+    with pytest.raises(ValueError, match="give copy='device' or copy='cpu'"):
+        finetune(settings(ground, tmp_path / "run", distill=words))
+    finetune(settings(ground, tmp_path / "run", distill=f'{words}\nkeep_start = "cpu"'), told=ear)
+    for row in ear.figures:
+        parts = row["data"] + 0.5 * row["velocity"] + 0.5 * row["attention"] + 0.25 * row["consistency"]
+        # Three products and three sums in float32, each rounded by half a unit at most.
+        assert abs(row["loss"] - parts) <= 3 * torch.finfo(torch.float32).eps * parts
+        assert all(row[name] > 0 for name in ("velocity", "attention", "consistency"))
+
+
 def test_streaming_trains_without_a_cache(ground: Path, tmp_path: Path) -> None:
     data = f'source = "{ground / "videos"}"\nbatch = 2\nworkers = 0\nstreaming = true'
     finetune(settings(ground, tmp_path / "run", data=data))
