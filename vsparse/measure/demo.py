@@ -212,8 +212,8 @@ def _note(clip: Clip) -> str:
     return (
         f"{clip.frames} frames of {clip.width} \u00d7 {clip.height} pixels, {clip.steps} denoising steps. Density is "
         "the executed share of query-key token pairs, dense steps included. PSNR and SSIM are against the first row: "
-        "how much the video changed, not whether it got worse; seen is what a program measures in the clip. Times are of "
-        "this tiny model and say nothing about a large one."
+        "how much the video changed, not whether it got worse; seen is what a program measures in the clip. Times are "
+        "of this tiny model and say nothing about a large one."
     )
 
 
