@@ -63,10 +63,10 @@ def finetune(settings: Settings, *, told: Told | None = None) -> Path:
     accelerator = require("accelerate", "diffusers").Accelerator(mixed_precision="no")
     student = load_student(settings.model, settings.method, device=accelerator.device, seed=settings.train.seed)
     side = training_host(student.pipe)
-    source = open_source(student, side, settings, accelerator, told.encoding)
-    told.skipped(source.problems)
     with encoders_on(student, accelerator.device):
         empty = {name: x.cpu() for name, x in side.encode_text([""]).items()}
+    source = open_source(student, side, settings, accelerator, told.encoding)
+    told.skipped(source.problems)
     patch = student.patch
     objective = _objective(student, settings.objective)
     kept: list[Trainer] = []
@@ -83,7 +83,11 @@ def finetune(settings: Settings, *, told: Told | None = None) -> Path:
         extra=None if patch is None else patch.auxiliary_losses,
     )
     validation = Validation(
-        student=student, settings=settings.validation, folder=output / "validation", accelerator=accelerator
+        student=student,
+        settings=settings.validation,
+        precision=settings.train.precision,
+        folder=output / "validation",
+        accelerator=accelerator,
     )
     run = Trainer(
         student.transformer,
