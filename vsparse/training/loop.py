@@ -151,7 +151,7 @@ class Trainer:
         since = time.perf_counter()
         for step in range(first, settings.steps):
             micro = [next(batches) for _ in range(settings.accumulate)]
-            figures = self._step(step, micro, draws.of(step, self.accelerator.process_index))
+            figures = self._step(step, micro, draws.of(step))
             done = step + 1
             if done % settings.log_every == 0 or done == settings.steps:
                 now = time.perf_counter()
@@ -185,7 +185,7 @@ class Trainer:
         for i, batch in enumerate(micro):
             held = accelerator.no_sync(self.model) if i + 1 < len(micro) else contextlib.nullcontext()
             with held:
-                losses = self._losses(batch, draws.of(i), step)
+                losses = self._losses(batch, self._of_batch(draws, i), step)
                 (losses["loss"] / len(micro)).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach().float() / len(micro)
@@ -202,6 +202,12 @@ class Trainer:
         self.average.update(step)
         return figures
 
+    def _of_batch(self, draws: Draws, micro: int) -> Draws:
+        """Draws of one micro-batch by its number in the step, over all processes: as one process would draw them that
+        accumulates all. (The 0 says nothing; the embedded checkpoint was drawn with it.)
+        """
+        return draws.of(micro * self.accelerator.num_processes + self.accelerator.process_index, 0)
+
     def _losses(self, batch: Any, draws: Draws, step: int) -> Mapping[str, Tensor]:
         device = self.accelerator.device
         with (
@@ -216,7 +222,7 @@ class Trainer:
         gradients = [name for name, x in named if not bool(x.grad.isfinite().all())]  # type: ignore[union-attr]
         where = None
         for i, batch in enumerate(micro):
-            again = functools.partial(self._losses, batch, draws.of(i), step)
+            again = functools.partial(self._losses, batch, self._of_batch(draws, i), step)
             where = where or first_not_finite(self.plain, again)
         kept = checkpoints.latest(self.folder)
         raise NotFiniteError(
