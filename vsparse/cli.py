@@ -286,10 +286,10 @@ def finetune(
     if settings is None:
         raise ValueError("give a settings file; `vsparse finetune --example` prints one to start from")
     told = settings_file.read(settings)
-    from vsparse.optional import require
+    from vsparse.training.loop import make_accelerator
     from vsparse.training.progress import Shown
 
-    first = require("accelerate", "diffusers").PartialState().is_main_process
+    first = make_accelerator().is_main_process
     _quiet()
     with Shown(console if first else Console(quiet=True), told.train.steps) as shown:
         result = work.finetune(told, told=shown)

@@ -31,10 +31,11 @@ def export(student: Student, target: Path, *, kind: Literal["adapter", "pipeline
     Raises:
         FileExistsError: the target exists. OSError: the disk is full; nothing is left half written.
     """
-    state = {name: _whole(x) for name, x in student.transformer.state_dict().items()}
+    held = student.transformer.state_dict()
+    state = {name: _whole(x) for name, x in held.items()}
     if not accelerator.is_main_process:
-        if student.patch is not None:
-            student.patch.save(target)
+        if student.patch is not None and any(hasattr(x, "full_tensor") for x in held.values()):
+            student.patch.save(target)  # gathers with the first process, which writes
         accelerator.wait_for_everyone()
         return target
     with whole_folder(target) as scratch:

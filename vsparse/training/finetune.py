@@ -17,7 +17,7 @@ from vsparse.training.data.clips import Problem
 from vsparse.training.distill import AttentionDistillation, VelocityDistillation
 from vsparse.training.export import export
 from vsparse.training.files import clear_partial
-from vsparse.training.loop import Trainer
+from vsparse.training.loop import Trainer, make_accelerator
 from vsparse.training.objective import FlowMatching, Objective, objective_of
 from vsparse.training.settings import ObjectiveSettings, Settings
 from vsparse.training.source import open_source
@@ -60,7 +60,7 @@ def finetune(settings: Settings, *, told: Told | None = None) -> Path:
     told = told or Told()
     output = check_folder(settings.output)
     target = output / RESULT
-    accelerator = require("accelerate", "diffusers").Accelerator(mixed_precision="no")
+    accelerator = make_accelerator()
     student = load_student(settings.model, settings.method, device=accelerator.device, seed=settings.train.seed)
     side = training_host(student.pipe)
     with encoders_on(student, accelerator.device):

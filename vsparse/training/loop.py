@@ -24,7 +24,7 @@ from vsparse.training.draws import Draws
 from vsparse.training.files import append_line, clear_partial, whole_file
 from vsparse.training.optimisers import OptimiserSettings, make_optimisers, set_rates
 
-__all__ = ["Task", "TrainSettings", "Trainer"]
+__all__ = ["Task", "TrainSettings", "Trainer", "make_accelerator"]
 
 LOG = "log.jsonl"
 VALIDATION = "validation/"
@@ -76,6 +76,15 @@ class TrainSettings:
             raise ValueError(f"train: clip_norm must be >= 0, got {self.clip_norm!r}")
 
 
+def make_accelerator() -> Any:
+    """accelerate's handle on this process and the others, of `accelerate launch` or torchrun; on CPUs, too.
+
+    Precision is the loop's own affair: weights stay as they are, and `torch.autocast` stands around each loss.
+    """
+    kind = require("accelerate", "diffusers").Accelerator
+    return kind(mixed_precision="no", cpu=not torch.accelerator.is_available())
+
+
 class Task(Protocol):
     """What is trained: where batches come from and what is minimised."""
 
@@ -122,7 +131,7 @@ class Trainer:
         logged: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> None:
         self.task, self.settings, self.folder = task, settings, check_folder(folder)
-        self.accelerator = accelerator or require("accelerate", "diffusers").Accelerator(mixed_precision="no")
+        self.accelerator = accelerator or make_accelerator()
         self.validate, self.progressed, self.before_step, self.logged = validate, progressed, before_step, logged
         self._rates = optimiser
         optimisers = make_optimisers(model.named_parameters(), optimiser, added=tuple(added))
