@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("patterns",),
     ("reference",),
     ("ops",),
-    ("select", "schedule", "state", "steps"),
+    ("select", "schedule", "state", "steps", "wrapping"),
     ("methods",),
     ("profile", "adapter", "cost", "runtime"),
     ("host",),

@@ -22,6 +22,7 @@ from vsparse.methods.base import Call, Method, Site, SparseAttention, static_map
 from vsparse.schedule import Phase, Schedule
 from vsparse.state import Version
 from vsparse.steps import Tracker, Where
+from vsparse.wrapping import unreduced
 
 __all__ = ["Reading", "Runtime", "kernel_reasons"]
 
@@ -109,6 +110,7 @@ class Runtime:
             )
         self._owner = me
         try:
+            self._refuse_overlooked()
             self._prepare(module, self.read(module, self.bind(module, args, kwargs)))
         except BaseException:
             self._release()
@@ -134,6 +136,18 @@ class Runtime:
         self._owner = self._now = None
 
     # ---- before ---------------------------------------------------------------------------------------------------
+
+    def _refuse_overlooked(self) -> None:
+        """Refuse to train what DDP would not average; it can only be seen while its forward runs."""
+        if not torch.is_grad_enabled():
+            return
+        count = unreduced(parameter for site in self.sites for _, parameter in site.own_parameters())
+        if count:
+            raise ValueError(
+                f"{self.name}: DistributedDataParallel was put around this model before vsparse.apply added {count} "
+                f"parameters of {self.method.key!r}, which it does not average between processes; call apply first, "
+                "then wrap the model"
+            )
 
     def _prepare(self, module: nn.Module, reading: Reading) -> None:
         suspended = self.tracker.suspended
