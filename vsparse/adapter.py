@@ -57,7 +57,8 @@ def save(
         "format": _FORMAT,
         "method": method.key,
         "options": method.options(),
-        "schedule": {k: v for k, v in dc.asdict(schedule).items() if k != "ramp"},
+        # A method's default of another kind says what fields do not: it is found again by not being there.
+        "schedule": _fields(schedule) if type(schedule) is Schedule else None,
         "hosts": list(hosts),
     }
     save_file = require("safetensors.torch", "diffusers").save_file
@@ -83,6 +84,10 @@ def save(
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def _fields(schedule: Schedule) -> dict[str, Any]:
+    return {name: value for name, value in dc.asdict(schedule).items() if name != "ramp"}
 
 
 def read(directory: str | os.PathLike[str]) -> Stored:
@@ -117,7 +122,7 @@ def _read_adapter(path: Path) -> Stored:
         if config["format"] != _FORMAT:
             raise ValueError(f"format {config['format']!r}; this version reads format {_FORMAT}")
         method = get_method(config["method"])().replace(**_tuples(config["options"]))
-        schedule = Schedule(**_tuples(config["schedule"]))
+        schedule = None if config["schedule"] is None else Schedule(**_tuples(config["schedule"]))
         tensors = {name: _tensor(path / _WEIGHTS, name) for name in _names(path / _WEIGHTS)}
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"load: {path} is not a readable vsparse adapter: {error}") from error

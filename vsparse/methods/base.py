@@ -57,6 +57,20 @@ class Site:
     host: str
     offers: frozenset[str] = frozenset({"hidden", "time"})
 
+    @classmethod
+    def alone(cls, *, heads: int, head_dim: int, layer: int = 0) -> Site:
+        """A site of no model, the last of its layers: what methods are tried on samples with."""
+        return cls(
+            root="none",
+            name="site",
+            layer=layer,
+            layers=layer + 1,
+            dim=heads * head_dim,
+            heads=heads,
+            head_dim=head_dim,
+            host="none",
+        )
+
 
 @dc.dataclass(frozen=True, eq=False, kw_only=True)
 class Call:
