@@ -11,23 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from vsparse.training.draws import Draws
+from vsparse.training.objective import Objective
 
 __all__ = ["Denoised", "Denoising", "Sample", "Teacher"]
 
 Forward = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
-
-
-class Objective(Protocol):
-    """What of `vsparse.training.objective` a task needs."""
-
-    def sample(self, batch: int, *, generator: torch.Generator) -> Tensor:
-        """Noise levels of a batch."""
-
-    def noise(self, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents and the model's timesteps."""
-
-    def loss(self, prediction: Tensor, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """``[B]`` float32."""
 
 
 @dc.dataclass(frozen=True, kw_only=True, eq=False)
