@@ -23,6 +23,7 @@ from vsparse.training.diagnosis import NotFiniteError, first_not_finite
 from vsparse.training.draws import Draws
 from vsparse.training.files import append_line, clear_partial, whole_file
 from vsparse.training.optimisers import OptimiserSettings, make_optimisers, set_rates
+from vsparse.training.spread import spread
 
 __all__ = ["Task", "TrainSettings", "Trainer", "make_accelerator"]
 
@@ -42,6 +43,8 @@ class TrainSettings:
         clip_norm: Greatest norm of the gradient; larger ones are scaled down. 0: never.
         average: Decay of a moving average of the weights, e.g. 0.999; it rises to that in the first steps. 0: none.
         save_every: Steps between checkpoints; the last step is always saved. keep: how many checkpoints stay.
+        shard: Spread weights, gradients and optimiser over the processes (FSDP2) instead of having all of them
+            everywhere (DDP). Also where `accelerate launch` asks for FSDP.
         log_every: Steps between lines of the log. validate_every: steps between validations, 0: only at the end.
 
     Raises:
@@ -54,6 +57,7 @@ class TrainSettings:
     precision: Literal["bf16", "fp32"] = "bf16"
     clip_norm: float = 1.0
     average: float = 0.0
+    shard: bool = False
     save_every: int = 500
     keep: int = 2
     log_every: int = 10
@@ -134,10 +138,9 @@ class Trainer:
         self.accelerator = accelerator or make_accelerator()
         self.validate, self.progressed, self.before_step, self.logged = validate, progressed, before_step, logged
         self._rates = optimiser
-        optimisers = make_optimisers(model.named_parameters(), optimiser, added=tuple(added))
-        self.model, *prepared = self.accelerator.prepare(model, *optimisers)
-        self.plain: nn.Module = self.accelerator.unwrap_model(self.model)
-        self.optimisers = [getattr(x, "optimizer", x) for x in prepared]
+        self.plain = model
+        self.model, self._held = spread(model, self.accelerator, shard=settings.shard)
+        self.optimisers = make_optimisers(model.named_parameters(), optimiser, added=tuple(added))
         self.average = Average(self.plain, settings.average)
         self.identity = _plain({"train": _decisive(settings), "optimiser": dc.asdict(optimiser), **identity})
         self._spent = 0.0
@@ -192,14 +195,13 @@ class Trainer:
             self.before_step(step)
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(micro):
-            held = accelerator.no_sync(self.model) if i + 1 < len(micro) else contextlib.nullcontext()
-            with held:
+            with self._held() if i + 1 < len(micro) else contextlib.nullcontext():
                 losses = self._losses(batch, self._of_batch(draws, i), step)
                 (losses["loss"] / len(micro)).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach().float() / len(micro)
         learning = [x for x in self.model.parameters() if x.requires_grad]
-        norm = accelerator.clip_grad_norm_(learning, settings.clip_norm or math.inf)
+        norm: Any = nn.utils.clip_grad_norm_(learning, settings.clip_norm or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         figures = {name: float(accelerator.reduce(x, "mean")) for name, x in sums.items()}
         figures |= {"gradient_norm": float(norm), "rate": self._rates.factor(step, settings.steps)}
