@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-RUNTIME = ("diffusers", "cli", "lora")  # the extras that library code may import
+RUNTIME = ("diffusers", "cli", "lora", "train")  # the extras that library code may import
 
 # Bottom up. A module sees the floors below its own, never its own floor.
 FLOORS: tuple[tuple[str, ...], ...] = (
