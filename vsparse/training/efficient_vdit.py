@@ -101,7 +101,7 @@ def efficient_vdit(
     known = {"recipe": dc.asdict(recipe), **(identity or {})}
     averaged: dict[str, Tensor] = {}
 
-    def train(loss: str, teacher: Teacher, settings: TrainSettings, **more: Any) -> None:
+    def train(loss: str, teacher: Teacher, settings: TrainSettings, more: Mapping[str, Any]) -> None:
         trainer = Trainer(
             model,
             dc.replace(task, data=0.0, teachers={loss: (1.0, teacher)}),
@@ -125,13 +125,13 @@ def efficient_vdit(
             empty=task.empty,
             average=lambda: averaged,
         )
-        train("consistency", teacher, consistency)
+        train("consistency", teacher, consistency, {})
 
     def less_attention() -> Patch:
         model.eval()
         frames = _search(model, recipe, calibrate)
         patch = apply(model, AttentionTile(global_frames=frames, block=recipe.block))
-        train("attention", AttentionDistillation(patch), attention, global_frames=frames)
+        train("attention", AttentionDistillation(patch), attention, {"global_frames": frames})
         averaged.clear()
         return patch
 
