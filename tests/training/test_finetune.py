@@ -271,3 +271,13 @@ def test_yaml_says_the_same(ground: Path, tmp_path: Path) -> None:
         read(ground / "videos" / "0.txt")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read(tmp_path / "none.toml")
+
+
+def test_the_settings_of_the_tutorial_are_read(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "finetune.md").read_text()
+    (found,) = re.findall(r"cat > run\.toml <<'END'\n(.*?)\nEND\n", text, re.DOTALL)
+    path = tmp_path / "run.toml"
+    path.write_text(found)
+    run = read(path)
+    assert run.method.options["density"] == 0.25
+    assert run.data.buckets[0].frames == 9
