@@ -141,7 +141,8 @@ def encode_clips(
     """Latents of drawn clips of some scenes, float32."""
     found = []
     for first in range(0, len(wanted), BATCH):
-        pixels = draw(wanted[first : first + BATCH], seed=seed, first=first)
+        part = wanted[first : first + BATCH]
+        pixels = draw(part, seed=seed, first=first, size=EMBEDDED.height, frames=EMBEDDED.frames)
         found.append(side.encode_video(pixels))
         if told is not None:
             told(min(first + BATCH, len(wanted)), len(wanted))
