@@ -217,7 +217,7 @@ def test_band_and_text_take_the_density(grid: vsparse.Grid, text: int, density: 
 
 
 def test_predicted_density_is_that_of_the_executed_maps() -> None:
-    grid = vsparse.Grid(t=8, h=10, w=12, text_after=9)
+    grid = vsparse.Grid(t=5, h=6, w=8, text_after=9)
     method = SVG(density=0.35, sink_frames=0, block=8)
     one = Driven(method, grid)
     one(*tensors(grid))
