@@ -78,6 +78,7 @@ def plainly(command: Callable[P, None]) -> Callable[P, None]:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", category=FutureWarning)
                 warnings.filterwarnings("ignore", module="huggingface_hub")
+                warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # norms in float32
                 return command(*args, **kwargs)
         except (ValueError, NotImplementedError, ImportError, OSError, RuntimeError) as error:
             errors.print(f"vsparse: {error}", style="bold red", markup=False, highlight=False)

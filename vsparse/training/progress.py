@@ -26,7 +26,7 @@ class Shown(Told):
         bars = require("rich.progress", "cli")
         columns = (
             bars.TextColumn("{task.description}"),
-            bars.BarColumn(),
+            bars.BarColumn(bar_width=20),
             bars.MofNCompleteColumn(),
             bars.TextColumn("{task.fields[told]}"),
             bars.TimeElapsedColumn(),
@@ -53,9 +53,8 @@ class Shown(Told):
             self._console.print(f"left out: {problem.name}: {problem.reason}", style="yellow", markup=False)
 
     def stepped(self, done: int, figures: Mapping[str, float]) -> None:
-        """The loss, and the parts that it has."""
-        parts = [f"{name} {value:.4f}" for name, value in figures.items() if name not in ("gradient_norm", "rate")]
-        self._advance("training", done, self._steps, "  ".join(parts))
+        """The loss; its parts are in the log."""
+        self._advance("training", done, self._steps, f"loss {figures['loss']:.4f}")
 
     def _advance(self, name: str, done: int, of: int, told: str) -> None:
         if name not in self._tasks:
