@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("patterns",),
     ("reference",),
     ("ops",),
-    ("select", "schedule", "state", "steps", "wrapping"),
+    ("select", "schedule", "state", "steps", "fingerprint", "wrapping"),
     ("methods",),
     ("profile", "adapter", "cost", "runtime"),
     ("host",),
@@ -210,7 +210,7 @@ def third_parties(source: Source) -> Iterator[str]:
             continue
         if not found.deferred:
             yield f"{source.path}:{found.line}: {found.top} is optional; import it where it is used"
-        elif found.top not in declared(*RUNTIME):
+        elif distribution(found.top) not in declared(*RUNTIME):
             yield f"{source.path}:{found.line}: {found.top} is not declared in pyproject.toml"
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "require":

@@ -1,4 +1,4 @@
-"""Trained parts on disk: safetensors and a JSON description, written whole or not at all."""
+"""Trained parts on disk: safetensors and a TOML description, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,33 +8,46 @@ import os
 import re
 import shutil
 import tempfile
+import tomllib
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from vsparse.fingerprint import Fingerprint, differences, unchecked
 from vsparse.methods import Method, get_method
 from vsparse.optional import require
 from vsparse.schedule import Schedule
-from vsparse.wrapping import copy_whole, whole
+from vsparse.wrapping import copy_whole
 
-__all__ = ["Stored", "assign", "read", "save"]
+__all__ = ["Stored", "assign", "check_models", "read", "save"]
 
-_CONFIG, _WEIGHTS, _FORMAT = "vsparse.json", "vsparse.safetensors", 1
+_WEIGHTS = "vsparse.safetensors"
+_FORMATS = {"vsparse.toml": 2, "vsparse.json": 1}  # the first is written; both are read
+_CONFIG = "vsparse.toml"
+_HOST = "host/"  # before the names of tensors that are samples of the host's weights
 _FASTWAN = re.compile(
     r"^(?:(?P<root>transformer\w*)\.)?(?P<block>blocks\.\d+)\.(?:attn1\.)?to_gate_compress\.(?P<part>weight|bias)$"
 )
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dc.dataclass(frozen=True, kw_only=True, eq=False)
 class Stored:
-    """What an adapter holds: the method and schedule to apply, and tensors by ``root.site.parameter``."""
+    """What an adapter holds: the method and schedule to apply, tensors by ``root.site.parameter``, and fingerprints of
+    the models by root; None where the file's form has none.
+    """
 
     method: Method
     schedule: Schedule | None
     tensors: Mapping[str, Tensor]
     path: Path
+    models: Mapping[str, Fingerprint] | None = None
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def save(
@@ -43,33 +56,45 @@ def save(
     schedule: Schedule,
     hosts: Sequence[str],
     tensors: Mapping[str, Tensor],
+    models: Mapping[str, Fingerprint],
+    *,
+    write: bool = True,
 ) -> None:
     """Write an adapter folder under a temporary name, then rename it. A density ramp belongs to the training run: the
-    adapter holds the schedule without it. Sharded tensors are gathered on every process and written by the first.
+    adapter holds the schedule without it.
+
+    Args:
+        tensors: By ``root.site.parameter``, whole, on the CPU. models: by root. write: False: only check, in a process
+            for which another one writes.
 
     Raises:
-        ValueError: the target exists and is no adapter.
+        ValueError: the target exists and is no adapter, or an option has no form in TOML.
     """
     target = Path(directory)
-    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / _CONFIG).exists())):
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or _is_adapter(target))):
         raise ValueError(f"save: {target} exists and is not a vsparse adapter; choose another folder")
     config = {
-        "format": _FORMAT,
+        "format": _FORMATS[_CONFIG],
         "method": method.key,
+        "hosts": tuple(hosts),
         "options": method.options(),
         # A method's default of another kind says what fields do not: it is found again by not being there.
         "schedule": _fields(schedule) if type(schedule) is Schedule else None,
-        "hosts": list(hosts),
+        "models": {
+            name: {"class": model.model, "unread": model.unread, "config": dict(model.config)}
+            for name, model in models.items()
+        },
     }
+    text = _toml(config)
+    samples = {f"{_HOST}{name}.{site}": x for name, model in models.items() for site, x in model.weights.items()}
     save_file = require("safetensors.torch", "diffusers").save_file
-    values, mine = whole(tensors)
-    if not mine:
+    if not write:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        (scratch / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        save_file(values, scratch / _WEIGHTS)
+        (scratch / _CONFIG).write_text(text, encoding="utf-8")
+        save_file({**tensors, **samples}, scratch / _WEIGHTS)
         for name in (_CONFIG, _WEIGHTS):
             with open(scratch / name, "rb") as file:
                 os.fsync(file.fileno())
@@ -90,6 +115,47 @@ def _fields(schedule: Schedule) -> dict[str, Any]:
     return {name: value for name, value in dc.asdict(schedule).items() if name != "ramp"}
 
 
+def _is_adapter(path: Path) -> bool:
+    return any((path / name).exists() for name in _FORMATS)
+
+
+def _toml(config: Mapping[str, Any]) -> str:
+    """A description as text, which is read back to see that nothing was lost."""
+    tomli_w = require("tomli_w", "diffusers")
+    try:
+        text: str = tomli_w.dumps(_without_none(config))
+        same = _with_none(tomllib.loads(text)) == config
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"save: method {config['method']!r} has options with no form in TOML: {error}") from error
+    if not same:
+        raise ValueError(
+            f"save: method {config['method']!r} has options that TOML would change: they must be numbers (not NaN), "
+            f"strings, None, tuples and tables of them, got {config['options']!r}"
+        )
+    return text
+
+
+def _without_none(value: Any) -> Any:
+    """TOML has no None: it becomes the table ``{none = true}``, in tuples too."""
+    if value is None:
+        return {"none": True}
+    if isinstance(value, Mapping):
+        return {key: _without_none(x) for key, x in value.items()}
+    return [_without_none(x) for x in value] if isinstance(value, tuple) else value
+
+
+def _with_none(value: Any) -> Any:
+    """The inverse of `_without_none`; of JSON, the lists as tuples."""
+    if value == {"none": True}:
+        return None
+    if isinstance(value, Mapping):
+        return {key: _with_none(x) for key, x in value.items()}
+    return tuple(_with_none(x) for x in value) if isinstance(value, list) else value
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
 def read(directory: str | os.PathLike[str]) -> Stored:
     """Read an adapter, or the ``to_gate_compress`` weights of a FastWan checkpoint.
 
@@ -99,16 +165,17 @@ def read(directory: str | os.PathLike[str]) -> Stored:
     path = Path(directory)
     if not path.exists():
         raise FileNotFoundError(f"load: {path} does not exist")
-    if (path / _CONFIG).exists():
+    if _is_adapter(path):
         return _read_adapter(path)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     tensors: dict[str, Tensor] = {}
-    for file in files:
-        for name in _names(file):
+    for folder, file in _checkpoint(path):
+        for name, x in _tensors(file, _FASTWAN).items():
             found = _FASTWAN.match(name)
-            if found:
-                root = found["root"] or "transformer"
-                tensors[f"{root}.{found['block']}.attn1.to_gate_compress.{found['part']}"] = _tensor(file, name)
+            assert found is not None
+            mine = f"{found['root'] or folder}.{found['block']}.attn1.to_gate_compress.{found['part']}"
+            if mine in tensors:
+                raise ValueError(f"load: {path} holds {name} more than once; name one file")
+            tensors[mine] = x
     if not tensors:
         raise ValueError(
             f"load: {path} is neither a vsparse adapter (no {_CONFIG}) nor a checkpoint with to_gate_compress weights"
@@ -118,33 +185,102 @@ def read(directory: str | os.PathLike[str]) -> Stored:
 
 def _read_adapter(path: Path) -> Stored:
     try:
-        config = json.loads((path / _CONFIG).read_text())
-        if config["format"] != _FORMAT:
-            raise ValueError(f"format {config['format']!r}; this version reads format {_FORMAT}")
-        method = get_method(config["method"])().replace(**_tuples(config["options"]))
-        schedule = None if config["schedule"] is None else Schedule(**_tuples(config["schedule"]))
-        tensors = {name: _tensor(path / _WEIGHTS, name) for name in _names(path / _WEIGHTS)}
+        name = next(name for name in _FORMATS if (path / name).exists())
+        parse: Any = tomllib.loads if name == _CONFIG else json.loads
+        config = _with_none(parse((path / name).read_text(encoding="utf-8")))
+        if config["format"] != _FORMATS[name]:
+            raise ValueError(f"format {config['format']!r}; this version reads format {_FORMATS[name]} in {name}")
+        method = get_method(config["method"])().replace(**config["options"])
+        schedule = None if config["schedule"] is None else Schedule(**config["schedule"])
+        tensors = _tensors(path / _WEIGHTS)
+        models = _models(config["models"], tensors) if name == _CONFIG else None
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"load: {path} is not a readable vsparse adapter: {error}") from error
-    return Stored(method=method, schedule=schedule, tensors=tensors, path=path)
+    mine = {name: x for name, x in tensors.items() if not name.startswith(_HOST)}
+    return Stored(method=method, schedule=schedule, tensors=mine, path=path, models=models)
 
 
-def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+def _models(tables: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Fingerprint]:
+    found = {}
+    for name, table in tables.items():
+        start = f"{_HOST}{name}."
+        weights = {key.removeprefix(start): x for key, x in tensors.items() if key.startswith(start)}
+        if not all(x.is_floating_point() for x in weights.values()):
+            raise ValueError(f"the samples of {name} are not floating")
+        found[name] = Fingerprint(
+            model=table["class"], config=dict(table["config"]), weights=weights, unread=table["unread"]
+        )
+    return found
 
 
-def _names(file: Path) -> list[str]:
+def _checkpoint(path: Path) -> list[tuple[str, Path]]:
+    """Files of a checkpoint, each with its model's name: one file, the folder of a model, or that of a pipeline."""
+    if path.is_file():
+        files = [("transformer", path)]
+    else:
+        folders = [("transformer", path), *((folder.name, folder) for folder in sorted(path.glob("transformer*/")))]
+        files = [(name, file) for name, folder in folders for file in sorted(folder.iterdir())]
+    pickles = [file.name for _, file in files if file.suffix in _PICKLES]
+    safe = [(name, file) for name, file in files if file.suffix == ".safetensors"]
+    if pickles and not safe:
+        raise ValueError(
+            f"load: {path} is stored as a pickle ({', '.join(pickles[:3])}), which runs code when it is read; convert "
+            "it to safetensors"
+        )
+    for _, file in files:
+        if file.name.endswith(".safetensors.index.json"):
+            _check_index(file)
+    return safe or [(name, file) for name, file in files if file == path]
+
+
+def _check_index(index: Path) -> None:
+    """Refuse a sharded checkpoint without the shards that hold gates."""
+    try:
+        shards = {shard for name, shard in json.loads(index.read_text())["weight_map"].items() if _FASTWAN.match(name)}
+        gone = sorted(shard for shard in shards if not (index.parent / shard).exists())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"load: {index} is not a readable index of shards: {error!r}") from error
+    if gone:
+        raise ValueError(f"load: {index} names {', '.join(gone[:3])}, which is not there; the checkpoint is incomplete")
+
+
+def _tensors(file: Path, wanted: re.Pattern[str] | None = None) -> dict[str, Tensor]:
+    """Tensors of a file by name, those that match ``wanted``."""
     safe_open = require("safetensors", "diffusers").safe_open
     try:
         with safe_open(file, "pt") as content:
-            return list(content.keys())
+            names = [name for name in content.keys() if wanted is None or wanted.match(name)]  # noqa: SIM118
+            return {name: content.get_tensor(name) for name in names}
     except Exception as error:  # safetensors raises its own, unexported type
         raise ValueError(f"load: {file} is not a readable safetensors file: {error}") from error
 
 
-def _tensor(file: Path, name: str) -> Tensor:
-    with require("safetensors", "diffusers").safe_open(file, "pt") as content:
-        return content.get_tensor(name)  # type: ignore[no-any-return]
+# ---- checking and copying --------------------------------------------------------------------------------------------
+
+
+def check_models(
+    path: Path, kept: Mapping[str, Fingerprint], found: Mapping[str, Fingerprint], *, strict: bool
+) -> None:
+    """Are these the models that an adapter was saved from, or ones that were made from them?
+
+    Warns, once, where that cannot be told and, if not ``strict``, where they are others.
+
+    Raises:
+        ValueError: strict, and another architecture or other weights; the message says in what.
+    """
+    if len(kept) == len(found) == 1:  # a single model has whatever name it has in its target
+        kept = dict(zip(found, kept.values(), strict=True))
+    both = [(root, kept[root], model) for root, model in found.items() if root in kept]
+    others = [f"{root}: {words}" for root, mine, model in both for words in differences(mine, model)]
+    told = [f"{path} was saved from another model: {'; '.join(others)}"] if others else []
+    if told and strict:
+        raise ValueError(f"load: {told[0]}. strict=False loads it all the same")
+    unread = [f"{root}: {words}" for root, mine, model in both if (words := unchecked(mine, model))]
+    unread += [f"{root}: the adapter was saved without it" for root in found if root not in kept]
+    if unread:
+        told.append(f"whether {path} was saved from this model was not checked: {'; '.join(unread)}")
+    if told:
+        warnings.warn(f"vsparse.load: {'. '.join(told)}", stacklevel=3)
 
 
 def assign(stored: Stored, parameters: Mapping[str, Tensor], method: Method, roots: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from vsparse.fingerprint import Fingerprint
 from vsparse.geometry import Grid
 from vsparse.methods import Site, SparseAttention
 from vsparse.runtime import Reading, Runtime
@@ -77,6 +78,9 @@ class HostAdapter(Protocol):
 
     def placement(self, module: nn.Module) -> tuple[torch.device, torch.dtype]:
         """Device and compute dtype for parameters that are added to an attention module."""
+
+    def fingerprint(self, module: nn.Module) -> Fingerprint:
+        """What tells a root, patched or not, from other models; of a sharded one every process must call it."""
 
     def training_host(self, target: object, *, guidance: float | None) -> TrainingHost | None:
         """What training needs of a pipeline, or None when the target is none of this host's."""

@@ -6,20 +6,22 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vsparse import adapter
+from vsparse.fingerprint import Fingerprint
 from vsparse.host import Claim, HostAdapter, Root, find_roots, hosts
 from vsparse.methods import Method, SparseAttention
 from vsparse.planning import Plan, make_plan, resolve_method, resolve_schedule
 from vsparse.runtime import Runtime
 from vsparse.schedule import Schedule
 from vsparse.steps import Tracker
-from vsparse.wrapping import is_sharded
+from vsparse.wrapping import is_sharded, whole, writes
 
 __all__ = ["Patch", "apply", "load", "patch_of"]
 
@@ -29,8 +31,17 @@ _ATTRIBUTE = "_vsparse"
 class Patch:
     """A patched target. A context manager: leaving it removes the patch."""
 
-    def __init__(self, plan: Plan, runtimes: list[Runtime], tracker: Tracker, undo: list[Callable[[], None]]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        runtimes: list[Runtime],
+        tracker: Tracker,
+        undo: list[Callable[[], None]],
+        fingerprint: Callable[[nn.Module], Fingerprint],
+        models: Mapping[str, nn.Module],
+    ) -> None:
         self.plan = plan
+        self._fingerprint, self._models = fingerprint, {name: weakref.ref(model) for name, model in models.items()}
         self._runtimes, self._tracker, self._undo, self._removed = runtimes, tracker, undo, False
 
     def __repr__(self) -> str:
@@ -146,12 +157,18 @@ class Patch:
             runtime.reset()
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the trained parts and the configuration; ``vsparse.load(target, directory)`` brings them back.
+        """Write the trained parts, the configuration, and a fingerprint of the model that they belong to.
+
+        ``vsparse.load(target, directory)`` brings them back.
 
         Under `fully_shard` every process must call it, and the first one writes; under DDP let one process call it.
         """
         hosts = sorted({site.host for site in self.plan.sites})
-        adapter.save(directory, self.plan.method, self.plan.schedule, hosts, dict(self.named_tensors()))
+        method, schedule, tensors = self.plan.method, self.plan.schedule, dict(self.named_tensors())
+        models = {name: model for name, held in self._models.items() if (model := held()) is not None}
+        prints = {name: self._fingerprint(model) for name, model in models.items()}
+        write = writes([*tensors.values(), *(x for model in models.values() for x in model.parameters())])
+        adapter.save(directory, method, schedule, hosts, whole(tensors), prints, write=write)
 
     def remove(self) -> None:
         """Give the target back: the host's own objects, keys, hooks and outputs. A second call does nothing.
@@ -222,7 +239,7 @@ def apply(
         raise
     for runtime in runtimes:
         runtime.siblings = runtimes
-    patch = Patch(made, runtimes, tracker, undo)
+    patch = Patch(made, runtimes, tracker, undo, host.fingerprint, {root.name: root.module for root in roots})
     for runtime in runtimes:
         runtime.patch = patch
     for name, why in made.skipped.items():
@@ -313,7 +330,7 @@ def _adopt(model: nn.Module, runtime: Runtime) -> Patch:
                 undo.append(functools.partial(_drop_hook, model, key))
     undo.append(functools.partial(host.unlisten, model))
     undo.append(functools.partial(model.__dict__.pop, _ATTRIBUTE))
-    return Patch(made, [runtime], runtime.tracker, undo)
+    return Patch(made, [runtime], runtime.tracker, undo, host.fingerprint, {runtime.name: model})
 
 
 def _drop_hook(model: nn.Module, key: int) -> None:
@@ -333,14 +350,23 @@ def load(target: object, directory: str | os.PathLike[str], /, *, strict: bool =
     Args:
         target: A pipeline or model. Unpatched: it is patched as the adapter says (a FastWan checkpoint: with "vsa").
             Patched: its parts are overwritten; method and sites must fit.
-        directory: The adapter's folder, or a folder or file of safetensors with ``to_gate_compress`` weights.
-        strict: As of `apply`.
+        directory: The adapter's folder, or a checkpoint with ``to_gate_compress`` weights: a file of safetensors, a
+            model's folder, sharded or not, or that of a whole pipeline.
+        strict: As of `apply`. False: also loads an adapter that was saved from another model, and warns.
+
+    An adapter fits the model that it was saved from and what was made of it by casting, merging a LoRA or fine-tuning;
+    ``vsparse.fingerprint`` says how that is told. Where weights cannot be read (quantised, offloaded), a warning says
+    that this was not checked. Of a sharded model every process must call this.
 
     Raises:
-        ValueError: not an adapter, damaged, or made for other sites. Nothing is changed then.
+        ValueError: not an adapter, damaged, saved from another model (strict), or made for other sites. Nothing is
+            changed then.
     """
     stored = adapter.read(directory)
-    _, roots = find_roots(target)
+    host, roots = find_roots(target)
+    if stored.models is not None:
+        found = {root.name: host.fingerprint(root.module) for root in roots}
+        adapter.check_models(stored.path, stored.models, found, strict=strict)
     patch = patch_of(roots[0].module)
     fresh = patch is None
     if patch is None:

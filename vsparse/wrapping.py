@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["copy_whole", "is_sharded", "unreduced", "whole"]
+__all__ = ["copy_whole", "is_sharded", "unreduced", "whole", "writes"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -30,20 +30,16 @@ def unreduced(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.requires_grad and id(parameter) not in seen for parameter in parameters)
 
 
-def whole(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-    """Whole values on the CPU, and whether this process is the one to write them.
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole values on the CPU. Sharded tensors are gathered, so every process must call this."""
+    values: dict[str, Any] = {name: tensor.detach() for name, tensor in tensors.items()}
+    return {name: (x.full_tensor() if is_sharded(x) else x).to("cpu").contiguous() for name, x in values.items()}
 
-    Sharded tensors are gathered, so every process must call this; one of them, the first of the mesh, is to write.
-    """
-    first = True
-    found = {}
-    for name, tensor in tensors.items():
-        value: Any = tensor.detach()
-        if is_sharded(value):
-            first = first and not any(value.device_mesh.get_coordinate())
-            value = value.full_tensor()
-        found[name] = value.to("cpu").contiguous()
-    return found, first
+
+def writes(tensors: Iterable[Tensor]) -> bool:
+    """Is this process the one to write, which is the first of a mesh? Where nothing is sharded, each one is."""
+    found: Iterable[Any] = tensors
+    return not any(is_sharded(x) and any(x.device_mesh.get_coordinate()) for x in found)
 
 
 def copy_whole(target: Tensor, value: Tensor) -> None:

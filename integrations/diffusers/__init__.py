@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vsparse.fingerprint import Fingerprint, sample
 from vsparse.geometry import Grid
 from vsparse.host import Claim, Root, TrainingHost
 from vsparse.methods import Site, SparseAttention
@@ -25,6 +26,7 @@ from .training import training_side
 
 __all__ = [
     "bind",
+    "fingerprint",
     "grid",
     "install",
     "intact",
@@ -165,9 +167,8 @@ def placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     """
     linear = module.get_submodule("to_q")
     parameters = [*linear.parameters(), *module.parameters()]
-    while isinstance(inner := getattr(linear, "base_layer", None), nn.Module):
-        linear = inner
-    hooks = getattr(getattr(linear, "_diffusers_hook", None), "hooks", {})
+    linear = _without_lora(linear)
+    hooks = _hooks(linear)
     device = torch.device(getattr(getattr(linear, "_hf_hook", None), "execution_device", None) or parameters[0].device)
     if "group_offloading" in hooks:
         device = torch.device(hooks["group_offloading"].group.onload_device)
@@ -175,6 +176,50 @@ def placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
         return device, hooks["layerwise_casting"].compute_dtype
     ordinary = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     return device, next((p.dtype for p in parameters if p.dtype in ordinary), torch.float32)
+
+
+def fingerprint(module: nn.Module) -> Fingerprint:
+    """Class, configuration, and samples of the query projections: every attention module has one, and keeps it when
+    projections are fused or a LoRA comes around it."""
+    host = _host(module)
+    names = {base.__name__ for base in type(module).__mro__}
+    config: Any = module.config
+    values = {name: _plain(value) for name, value in config.items() if not name.startswith("_")}
+    layers = {name: _without_lora(attention.get_submodule("to_q")) for name, attention in host.sites(module)}
+    samples = {name: sample(getattr(layer, "weight", None)) for name, layer in layers.items()}
+    if any(_on_disk(x) for x in module.modules()):
+        samples = dict.fromkeys(samples, "weights that are offloaded to disk")
+    return Fingerprint(
+        model=next(name for name in host.models if name in names),
+        config={name: value for name, value in values.items() if isinstance(value, _PLAIN)},
+        weights={name: x for name, x in samples.items() if not isinstance(x, str)},
+        unread=next((x for x in samples.values() if isinstance(x, str)), ""),
+    )
+
+
+_PLAIN = (bool, int, float, str, tuple, type(None))
+
+
+def _plain(value: Any) -> Any:
+    """A configuration's value, which is a list or a tuple depending on whether it was read from a file."""
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+def _without_lora(linear: nn.Module) -> nn.Module:
+    while isinstance(inner := getattr(linear, "base_layer", None), nn.Module):
+        linear = inner
+    return linear
+
+
+def _hooks(module: nn.Module) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    return found
+
+
+def _on_disk(module: nn.Module) -> bool:
+    """Whether group offloading has left memory of no meaning in the place of a module's weights."""
+    group = getattr(_hooks(module).get("group_offloading"), "group", None)
+    return getattr(group, "offload_to_disk_path", None) is not None
 
 
 def training_host(target: object, *, guidance: float | None) -> TrainingHost | None:

@@ -61,8 +61,8 @@ class Host:
     pipelines: tuple[str, ...] = ()
 
     def sites(self, module: nn.Module) -> list[tuple[str, nn.Module]]:
-        """Attention modules with their dotted names, in layer order."""
-        named = dict(module.named_modules())
+        """Attention modules with their dotted names, in layer order; ``torch.compile`` around a block adds no name."""
+        named = {name.replace("._orig_mod", ""): x for name, x in module.named_modules()}
         found: list[tuple[str, nn.Module]] = []
         for path in self.paths:
             pattern = re.compile(path)

@@ -153,6 +153,25 @@ def test_remove_gives_back_compiled_blocks_that_run_stock(method: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_blocks_in_a_wrapper_keep_their_names(order: str) -> None:
+    """``torch.compile(block)`` puts a module around a block that has the block's own name."""
+    model, inputs = build("wan")
+    values = rows.prompt("wan", inputs)
+    with rows.sparse(model, "vsa") as patch:
+        wanted, names = rows.forward(model, values), [name for name, _ in patch.named_parameters()]
+
+    def wrap() -> None:
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = torch.compile(block, backend="eager")
+
+    stock = rows.forward(model, values)
+    with rows.patched(model, "vsa", order, wrap) as patch:
+        assert torch.equal(rows.forward(model, values), wanted)
+        assert [name for name, _ in patch.named_parameters()] == names
+    assert torch.equal(rows.forward(model, values), stock)
+
+
 def test_inductor_with_checkpointing_trains_like_eager() -> None:
     """The real compiler: our fakes have the real strides, and recomputation under it finds its call again."""
     model, inputs = rows.build("wan", layers=1)

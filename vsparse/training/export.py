@@ -33,7 +33,7 @@ def export(student: Student, target: Path, *, kind: Literal["adapter", "pipeline
         FileExistsError: the target exists. OSError: the disk is full; nothing is left half written.
     """
     held = student.transformer.state_dict()
-    state, _ = whole(held)
+    state = whole(held)
     if not accelerator.is_main_process:
         if student.patch is not None and any(map(is_sharded, held.values())):
             student.patch.save(target)  # gathers with the first process, which writes
