@@ -101,14 +101,14 @@ def efficient_vdit(
     known = {"recipe": dc.asdict(recipe), **(identity or {})}
     averaged: dict[str, Tensor] = {}
 
-    def train(loss: str, teacher: Teacher, settings: TrainSettings, **more: Any) -> None:
+    def train(loss: str, teacher: Teacher, settings: TrainSettings, frames: tuple[int, ...] | None = None) -> None:
         trainer = Trainer(
             model,
             dc.replace(task, data=0.0, teachers={loss: (1.0, teacher)}),
             settings=settings,
             optimiser=optimiser,
             folder=folder / loss,
-            identity={**known, **more},
+            identity={**known, "global_frames": frames},
             accelerator=accelerator,
         )
         averaged.update(trainer.average.tensors)
@@ -131,7 +131,7 @@ def efficient_vdit(
         model.eval()
         frames = _search(model, recipe, calibrate)
         patch = apply(model, AttentionTile(global_frames=frames, block=recipe.block))
-        train("attention", AttentionDistillation(patch), attention, global_frames=frames)
+        train("attention", AttentionDistillation(patch), attention, frames)
         averaged.clear()
         return patch
 
