@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vsparse.methods import Method, get_method
 from vsparse.optional import require
 from vsparse.schedule import Schedule
+from vsparse.wrapping import copy_whole, whole
 
 __all__ = ["Stored", "assign", "read", "save"]
 
@@ -45,7 +45,7 @@ def save(
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Write an adapter folder under a temporary name, then rename it. A density ramp belongs to the training run: the
-    adapter holds the schedule without it.
+    adapter holds the schedule without it. Sharded tensors are gathered on every process and written by the first.
 
     Raises:
         ValueError: the target exists and is no adapter.
@@ -57,15 +57,19 @@ def save(
         "format": _FORMAT,
         "method": method.key,
         "options": method.options(),
-        "schedule": {k: v for k, v in dc.asdict(schedule).items() if k != "ramp"},
+        # A method's default of another kind says what fields do not: it is found again by not being there.
+        "schedule": _fields(schedule) if type(schedule) is Schedule else None,
         "hosts": list(hosts),
     }
     save_file = require("safetensors.torch", "diffusers").save_file
+    values, mine = whole(tensors)
+    if not mine:
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         (scratch / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        save_file({name: x.detach().to("cpu").contiguous() for name, x in tensors.items()}, scratch / _WEIGHTS)
+        save_file(values, scratch / _WEIGHTS)
         for name in (_CONFIG, _WEIGHTS):
             with open(scratch / name, "rb") as file:
                 os.fsync(file.fileno())
@@ -80,6 +84,10 @@ def save(
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def _fields(schedule: Schedule) -> dict[str, Any]:
+    return {name: value for name, value in dc.asdict(schedule).items() if name != "ramp"}
 
 
 def read(directory: str | os.PathLike[str]) -> Stored:
@@ -114,7 +122,7 @@ def _read_adapter(path: Path) -> Stored:
         if config["format"] != _FORMAT:
             raise ValueError(f"format {config['format']!r}; this version reads format {_FORMAT}")
         method = get_method(config["method"])().replace(**_tuples(config["options"]))
-        schedule = Schedule(**_tuples(config["schedule"]))
+        schedule = None if config["schedule"] is None else Schedule(**_tuples(config["schedule"]))
         tensors = {name: _tensor(path / _WEIGHTS, name) for name in _names(path / _WEIGHTS)}
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"load: {path} is not a readable vsparse adapter: {error}") from error
@@ -167,6 +175,5 @@ def assign(stored: Stored, parameters: Mapping[str, Tensor], method: Method, roo
     if problems:
         more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise ValueError(f"load: {stored.path} does not fit this model: " + "; ".join(problems[:6]) + more)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+    for name, parameter in parameters.items():
+        copy_whole(parameter, tensors[name])

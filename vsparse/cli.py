@@ -269,6 +269,36 @@ def generate(
 
 @app.command(rich_help_panel=USE)
 @plainly
+def finetune(
+    settings: Annotated[Path | None, typer.Argument(metavar="FILE", help="Settings, TOML or YAML.")] = None,
+    example: Annotated[bool, typer.Option("--example", help="Print a file that explains every setting.")] = False,
+) -> None:
+    """Train a model with sparse attention on your videos; the same command goes on with a run that was stopped.
+
+    On several GPUs: `accelerate launch -m vsparse finetune run.toml`.
+    """
+    from vsparse.training import finetune as work
+    from vsparse.training import settings_file
+
+    if example:
+        print(settings_file.example(), end="")  # noqa: T201 (for a file: no markup, no wrapping)
+        return
+    if settings is None:
+        raise ValueError("give a settings file; `vsparse finetune --example` prints one to start from")
+    told = settings_file.read(settings)
+    from vsparse.training.loop import make_accelerator
+    from vsparse.training.progress import Shown
+
+    first = make_accelerator().is_main_process
+    _quiet()
+    with Shown(console if first else Console(quiet=True), told.train.steps) as shown:
+        result = work.finetune(told, told=shown)
+    if first:
+        console.print(f"the result is in {result}", highlight=False, soft_wrap=True)
+
+
+@app.command(rich_help_panel=USE)
+@plainly
 def plan(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder or hub name of a pipeline, or a transformer's class name.")

@@ -163,6 +163,12 @@ def find_roots(target: object) -> tuple[HostAdapter, list[Root]]:
             if not any(root.claims for root in roots):
                 raise ValueError(f"{type(target).__name__} has no attention module that vsparse knows")
             return host, roots
+        inner = getattr(target, "module", None)
+        if inner is not None and host.roots(inner):
+            raise ValueError(
+                f"{type(target).__name__} wraps a {type(inner).__name__}: call vsparse.apply on the model itself, then "
+                "wrap it, so that the wrapper finds the parameters that a method adds"
+            )
         known += host.known()
     raise ValueError(
         f"vsparse cannot patch {type(target).__module__}.{type(target).__name__}: it is no pipeline or model of a "

@@ -19,6 +19,7 @@ from vsparse.planning import Plan, make_plan, resolve_method, resolve_schedule
 from vsparse.runtime import Runtime
 from vsparse.schedule import Schedule
 from vsparse.steps import Tracker
+from vsparse.wrapping import is_sharded
 
 __all__ = ["Patch", "apply", "load", "patch_of"]
 
@@ -48,7 +49,7 @@ class Patch:
         return [site for runtime in self._runtimes for site in runtime.sites]
 
     def stats(self) -> dict[str, Any]:
-        """What ran since the patch was applied; the only call that reads tensors from the device.
+        """What ran since the patch was applied, or since `clear_stats`; the only call that reads from the device.
 
         Returns:
             ``density``: executed share of valid token pairs over all calls, dense ones included; ``sparse_density``:
@@ -80,6 +81,11 @@ class Patch:
             "kernel": self.plan.kernel,
             "state_bytes": sum(runtime.state_bytes() for runtime in self._runtimes),
         }
+
+    def clear_stats(self) -> None:
+        """Count anew from here on."""
+        for runtime in self._runtimes:
+            runtime.clear_stats()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters that the method added, by root and site."""
@@ -140,12 +146,18 @@ class Patch:
             runtime.reset()
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the trained parts and the configuration; ``vsparse.load(target, directory)`` brings them back."""
+        """Write the trained parts and the configuration; ``vsparse.load(target, directory)`` brings them back.
+
+        Under `fully_shard` every process must call it, and the first one writes; under DDP let one process call it.
+        """
         hosts = sorted({site.host for site in self.plan.sites})
         adapter.save(directory, self.plan.method, self.plan.schedule, hosts, dict(self.named_tensors()))
 
     def remove(self) -> None:
-        """Give the target back: the host's own objects, keys, hooks and outputs. A second call does nothing."""
+        """Give the target back: the host's own objects, keys, hooks and outputs. A second call does nothing.
+
+        DDP goes on to expect gradients of the parameters that are gone: wrap the model anew to train it further.
+        """
         if not self._removed:
             for runtime in self._runtimes:
                 runtime.reset()
@@ -165,6 +177,8 @@ def apply(
 ) -> Patch:
     """Put a sparse-attention method into a pipeline or a model.
 
+    To train on several processes, call it before DDP or `fully_shard`: they average and shard what they find.
+
     Args:
         target: A diffusers pipeline (all its video transformers at once) or one transformer.
         method: A registry key ("vsa") or a `Method`.
@@ -177,7 +191,8 @@ def apply(
         The `Patch`; ``patch.remove()`` undoes everything.
 
     Raises:
-        ValueError: unknown method or option, a value out of range, nothing to patch, already patched.
+        ValueError: unknown method or option, a value out of range, nothing to patch, already patched, or wrapped for
+            several processes before parameters are added.
         NotImplementedError: a site cannot be patched (strict).
     """
     method = resolve_method(method, overrides)
@@ -195,6 +210,7 @@ def apply(
         raise NotImplementedError(
             f"cannot patch {type(target).__name__} with {method.key!r}:\n  - " + "\n  - ".join(rows)
         )
+    _refuse_sharded(roots, made)
     tracker = Tracker(None)
     undo: list[Callable[[], None]] = []
     try:
@@ -212,6 +228,15 @@ def apply(
     for name, why in made.skipped.items():
         warnings.warn(f"vsparse: {name} runs dense: {'; '.join(why)}", stacklevel=2)
     return patch
+
+
+def _refuse_sharded(roots: list[Root], made: Plan) -> None:
+    sharded = [root.name for root in roots if any(map(is_sharded, root.module.parameters()))]
+    if sharded and made.new_parameters:
+        raise ValueError(
+            f"{', '.join(sharded)}: sharded already, and {made.method.key!r} adds {made.new_parameters:,} parameters, "
+            "which would be neither sharded nor averaged between processes; call apply first, then fully_shard"
+        )
 
 
 def _install(

@@ -22,6 +22,7 @@ from vsparse.methods.base import Call, Method, Site, SparseAttention, static_map
 from vsparse.schedule import Phase, Schedule
 from vsparse.state import Version
 from vsparse.steps import Tracker, Where
+from vsparse.wrapping import unreduced
 
 __all__ = ["Reading", "Runtime", "kernel_reasons"]
 
@@ -82,10 +83,10 @@ class Runtime:
         self.skipped = dict(skipped or {})
         self.siblings: list[Runtime] = []
         self.patch: Any = None
+        self.losses: dict[str, Tensor] = {}
         self.fallbacks: Counter[str] = Counter()
         self.phases: Counter[str] = Counter()
         self.pairs: dict[str, Tensor] = {}
-        self.losses: dict[str, Tensor] = {}
         self.dense_pairs: Tensor | float = 0.0
         self._layouts: dict[tuple[Grid, int, torch.device], Layout] = {}
         self._maps: dict[tuple[object, torch.device, int], BlockMap | None] = {}
@@ -109,6 +110,7 @@ class Runtime:
             )
         self._owner = me
         try:
+            self._refuse_overlooked()
             self._prepare(module, self.read(module, self.bind(module, args, kwargs)))
         except BaseException:
             self._release()
@@ -134,6 +136,18 @@ class Runtime:
         self._owner = self._now = None
 
     # ---- before ---------------------------------------------------------------------------------------------------
+
+    def _refuse_overlooked(self) -> None:
+        """Refuse to train what DDP would not average; it can only be seen while its forward runs."""
+        if not torch.is_grad_enabled():
+            return
+        count = unreduced(parameter for site in self.sites for _, parameter in site.own_parameters())
+        if count:
+            raise ValueError(
+                f"{self.name}: DistributedDataParallel was put around this model before vsparse.apply added {count} "
+                f"parameters of {self.method.key!r}, which it does not average between processes; call apply first, "
+                "then wrap the model"
+            )
 
     def _prepare(self, module: nn.Module, reading: Reading) -> None:
         suspended = self.tracker.suspended
@@ -326,6 +340,11 @@ class Runtime:
         self._seen = None
         for site in self.sites:
             site.state.clear()
+
+    def clear_stats(self) -> None:
+        """Count anew."""
+        self.fallbacks, self.phases = Counter(), Counter()
+        self.pairs, self.dense_pairs = {}, 0.0
 
     def state_bytes(self) -> int:
         """Bytes of state held now."""

@@ -340,7 +340,7 @@ def test_wrapped_for_several_processes_it_is_the_same(alone: None) -> None:
         velocity = VelocityDistillation(patch, start=StartWeights(model, patch=patch, copy="device"))
         move(model)
         teachers = {"velocity": (0.5, velocity), "attention": (0.5, AttentionDistillation(patch))}
-        wrapped = DistributedDataParallel(model) if wrap else model
+        wrapped = DistributedDataParallel(model, static_graph=True) if wrap else model
         losses = task(values, teachers=teachers).loss(wrapped, *one(values), 0)
         assert losses.keys() == {"loss", "data", "velocity", "attention"}
         found.append(learnt(model, losses["loss"]))

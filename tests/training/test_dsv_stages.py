@@ -149,7 +149,7 @@ def alone() -> Iterator[None]:
 
 def gradients(*, wrap: bool = False, extra: bool = True) -> dict[str, Tensor]:
     model, patch, values = student(stage="sparse")
-    wrapped = DistributedDataParallel(model) if wrap else model
+    wrapped = DistributedDataParallel(model, static_graph=True) if wrap else model
     made = task(values, extra=patch.auxiliary_losses if extra else None)
     found = learnt(model, made.loss(wrapped, *one(values), 0)["loss"])
     del found["loss"]

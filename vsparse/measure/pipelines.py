@@ -15,7 +15,7 @@ from torch import Tensor
 from vsparse.measure.video import check_output
 from vsparse.optional import require
 
-__all__ = ["generate", "load_pipeline", "outputs"]
+__all__ = ["check_pipeline", "generate", "load_pipeline", "outputs"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -50,8 +50,7 @@ def load_pipeline(model: str, *, dtype: str | None = None, device: str | None = 
     chosen = _DTYPES[dtype] if dtype else torch.bfloat16 if target.type == "cuda" else torch.float32
     if offload and target.type == "cpu":
         raise ValueError("offload keeps idle parts in CPU memory while a GPU computes; here the CPU computes")
-    if Path(model).exists() and not (Path(model) / "model_index.json").is_file():
-        raise ValueError(f"{model}: no model_index.json in there, so it is no diffusers pipeline")
+    check_pipeline(model)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
@@ -63,6 +62,16 @@ def load_pipeline(model: str, *, dtype: str | None = None, device: str | None = 
         pipe.enable_model_cpu_offload(device=target)
         return pipe
     return pipe.to(target)
+
+
+def check_pipeline(model: str) -> None:
+    """Refuse a folder that holds no diffusers pipeline; a name of the hub passes.
+
+    Raises:
+        ValueError: a folder without ``model_index.json``.
+    """
+    if Path(model).exists() and not (Path(model) / "model_index.json").is_file():
+        raise ValueError(f"{model}: no model_index.json in there, so it is no diffusers pipeline")
 
 
 def _device(name: str | None) -> torch.device:

@@ -33,7 +33,7 @@ class FrameTiles:
         frames = k.shape[-1]
         count = min(self.count, frames)
         chosen = torch.zeros(frames, dtype=torch.bool)
-        chosen[torch.arange(count) * frames // max(1, count)] = True
+        chosen[torch.arange(count) * frames // count] = True
         return (q == k) | chosen[q] | chosen[k]
 
 

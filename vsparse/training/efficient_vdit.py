@@ -101,19 +101,18 @@ def efficient_vdit(
     known = {"recipe": dc.asdict(recipe), **(identity or {})}
     averaged: dict[str, Tensor] = {}
 
-    def train(loss: str, teacher: Teacher, settings: TrainSettings, frames: tuple[int, ...] | None = None) -> None:
+    def train(loss: str, teacher: Teacher, settings: TrainSettings, more: Mapping[str, Any]) -> None:
         trainer = Trainer(
             model,
             dc.replace(task, data=0.0, teachers={loss: (1.0, teacher)}),
             settings=settings,
             optimiser=optimiser,
             folder=folder / loss,
-            identity={**known, "global_frames": frames},
+            identity={**known, **more},
             accelerator=accelerator,
         )
         averaged.update(trainer.average.tensors)
         trainer.run()
-        trainer.accelerator.free_memory()  # and what it has hung on the parameters, before the next one does
 
     def fewer_steps(patch: Patch | None) -> None:
         teacher = ConsistencyDistillation(
@@ -125,13 +124,13 @@ def efficient_vdit(
             empty=task.empty,
             average=lambda: averaged,
         )
-        train("consistency", teacher, consistency)
+        train("consistency", teacher, consistency, {})
 
     def less_attention() -> Patch:
         model.eval()
         frames = _search(model, recipe, calibrate)
         patch = apply(model, AttentionTile(global_frames=frames, block=recipe.block))
-        train("attention", AttentionDistillation(patch), attention, frames)
+        train("attention", AttentionDistillation(patch), attention, {"global_frames": frames})
         averaged.clear()
         return patch
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from vsparse.methods import get_method
+from vsparse.training.data.buckets import Bucket, check_buckets
 from vsparse.training.loop import TrainSettings
 from vsparse.training.optimisers import OptimiserSettings
 
 __all__ = [
-    "BucketSettings",
     "DataSettings",
     "DistillSettings",
     "MethodSettings",
@@ -55,25 +55,6 @@ class ModelSettings:
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class BucketSettings:
-    """One size that clips are brought to.
-
-    Args:
-        frames: How many. height, width: pixels. fps: frames a second that are taken from the file; None: all it has.
-    """
-
-    frames: int
-    height: int
-    width: int
-    fps: float | None = None
-
-    def __post_init__(self) -> None:
-        _least("data.buckets", self, {"frames": 1, "height": 1, "width": 1})
-        if self.fps is not None and not self.fps > 0.0:
-            raise ValueError(f"data.buckets: fps must be positive, got {self.fps!r}")
-
-
-@dc.dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """Videos and captions.
 
@@ -89,7 +70,7 @@ class DataSettings:
     """
 
     source: str
-    buckets: tuple[BucketSettings, ...]
+    buckets: tuple[Bucket, ...]
     batch: int = 1
     cache: str | None = None
     streaming: bool = False
@@ -100,8 +81,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         _least("data", self, {"batch": 1, "workers": 0})
-        if not self.buckets:
-            raise ValueError("data: buckets must name at least one size")
+        check_buckets(self.buckets)
         if not 0.0 <= self.empty_captions <= 1.0:
             raise ValueError(f"data: empty_captions must lie in [0, 1], got {self.empty_captions!r}")
         if self.streaming and self.cache is not None:
@@ -148,12 +128,14 @@ class ObjectiveSettings:
     Args:
         times: "uniform" or "logit_normal" before the scheduler's own shift.
         mean, std: Of the normal numbers of "logit_normal".
+        shift: Of flow matching, towards noise; None: the scheduler's own.
         stratified: Spread the levels evenly over each micro-batch.
     """
 
-    times: Literal["uniform", "logit_normal"] = "logit_normal"
+    times: Literal["uniform", "logit_normal"] = "uniform"
     mean: float = 0.0
     std: float = 1.0
+    shift: float | None = None
     stratified: bool = True
 
     def __post_init__(self) -> None:
@@ -164,19 +146,37 @@ class ObjectiveSettings:
 
 @dc.dataclass(frozen=True, kw_only=True)
 class DistillSettings:
-    """What else the sparse model is pulled to: itself, dense.
+    """What else the sparse model is pulled to: itself, dense. Losses are weighted and added.
 
     Args:
-        data: Weight of the loss on the data. velocity: of the distance to the prediction of the same weights, dense.
-        attention: of the mean relative squared distance of each site's output to full attention on the same inputs.
+        data: Weight of the loss on the data.
+        velocity: Weight of the squared distance to what the dense model predicts.
+        attention: Weight of the mean relative squared distance of each site's output to full attention on its inputs.
+        consistency: Weight of multi-step consistency distillation, which makes a model of few steps.
+        teacher: Weights of the teacher of ``velocity``: "present", the student's own, or "start", those of the first
+            step; ``consistency`` always takes the latter.
+        keep_start: Where a copy of the first weights is kept if it takes one: "device" or "cpu"; None: none may be made
+            (LoRA and a method's own parameters need none).
+        segments: Steps of the model that ``consistency`` makes. teacher_steps: of its teacher, from noise to video.
+        guidance: Scale of guidance that ``consistency`` distils into the model; 1: none.
+        huber: ``c`` of a pseudo-Huber distance in ``consistency``; None: squared.
     """
 
     data: float = 1.0
     velocity: float = 0.0
     attention: float = 0.0
+    consistency: float = 0.0
+    teacher: Literal["present", "start"] = "present"
+    keep_start: Literal["device", "cpu"] | None = None
+    segments: int = 8
+    teacher_steps: int = 50
+    guidance: float = 1.0
+    huber: float | None = None
 
     def __post_init__(self) -> None:
-        weights = dc.asdict(self)
+        _choice("distill", self, ("teacher",))
+        _least("distill", self, {"segments": 1, "teacher_steps": 1})
+        weights = {name: getattr(self, name) for name in ("data", "velocity", "attention", "consistency")}
         if any(not value >= 0.0 for value in weights.values()) or not any(weights.values()):
             raise ValueError(f"distill: weights must be >= 0 and one of them positive, got {weights}")
 
@@ -207,8 +207,11 @@ class Settings:
     """A fine-tuning run.
 
     Args:
-        output: Folder of the run: checkpoints, log, validation videos, and the result in ``adapter`` or ``model``.
+        output: Folder of the run: cache, checkpoints, log, validation videos, result.
         model, data, method, objective, distill, optimiser, train, validation: the sections.
+        result: What is left at the end, in ``result`` in the output folder. "adapter": what was trained (LoRA weights,
+            or after full training the transformer); "pipeline": the whole pipeline as diffusers loads it, LoRA merged
+            in. Both with the method's parts in ``vsparse``, for ``vsparse.load``.
         tensorboard: Also write the log for TensorBoard.
     """
 
@@ -221,13 +224,15 @@ class Settings:
     distill: DistillSettings = dc.field(default_factory=DistillSettings)
     optimiser: OptimiserSettings = dc.field(default_factory=OptimiserSettings)
     validation: ValidationSettings = dc.field(default_factory=ValidationSettings)
+    result: Literal["adapter", "pipeline"] = "adapter"
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        _choice("settings", self, ("result",))
         if self.model.train == "method" and self.method.key == "none":
             raise ValueError('model: train "method" leaves nothing to learn where method.key is "none"')
         if self.method.key == "none" and (self.distill.velocity or self.distill.attention):
-            raise ValueError('distill: velocity and attention need a method; method.key is "none"')
+            raise ValueError('distill: velocity and attention need a method, and method.key is "none"')
 
 
 def _least(section: str, settings: object, lows: Mapping[str, int]) -> None:

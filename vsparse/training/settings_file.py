@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vsparse.optional import require
-from vsparse.training.settings import BucketSettings, DataSettings, Settings
+from vsparse.training.data.buckets import Bucket
+from vsparse.training.settings import DataSettings, Settings
 
 __all__ = ["example", "meanings", "read"]
 
@@ -100,7 +101,7 @@ def example() -> str:
             kind = typing.cast(type, hints[f.name])
             parts.append(f"[{f.name}]\n{_section(kind, f.name)}")
             if kind is DataSettings:
-                parts.append(f"[[data.buckets]]\n{_section(BucketSettings, 'data.buckets')}")
+                parts.append(f"[[data.buckets]]\n{_section(Bucket, 'data.buckets')}")
     return "\n".join(parts)
 
 

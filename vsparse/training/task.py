@@ -72,6 +72,7 @@ class Denoising:
         forward: The host's model call (`TrainingHost.forward`). objective: of the scheduler.
         source: Yields the `Sample` of each micro-batch from one step to before another.
         empty: Text features of the empty caption, ``[1, ...]``. empty_captions: share of samples that get them.
+        span: Share of the noise to stay in, as `TrainingHost.experts` gives it.
         data: Weight of this loss. teachers: further losses by name, with weights (`vsparse.training.distill`).
         extra: Losses that the method hands out (`Patch.auxiliary_losses`), or None.
     """
@@ -81,6 +82,7 @@ class Denoising:
     source: Callable[[int, int], Iterable[Sample]]
     empty: Mapping[str, Tensor]
     empty_captions: float
+    span: tuple[float, float] = (0.0, 1.0)
     data: float = 1.0
     teachers: Mapping[str, tuple[float, Teacher]] = dc.field(default_factory=dict)
     extra: Callable[[], Mapping[str, Tensor]] | None = None
@@ -98,7 +100,8 @@ class Denoising:
         device = next(model.parameters()).device
         clean = batch.latents.to(device, torch.float32)
         text = self._text(batch, draws, device)
-        times = self.objective.sample(len(clean), generator=draws.of("times").generator()).to(device)
+        generator = draws.of("times").generator()
+        times = self.objective.sample(len(clean), generator=generator, span=self.span).to(device)
         noise = draws.of("noise").normal(clean)
         noisy, timestep = self.objective.noise(clean, noise, times)
         with contextlib.ExitStack() as watched:
@@ -130,7 +133,7 @@ class Denoising:
 
     def _text(self, batch: Sample, draws: Draws, device: torch.device) -> dict[str, Tensor]:
         """Text features, those of the empty caption for a drawn share."""
-        drawn = draws.of("captions").uniform(len(batch.latents)) < self.empty_captions
+        drawn = draws.of("drop").uniform(len(batch.latents)) < self.empty_captions
         found = {}
         for name, x in batch.text.items():
             dropped = drawn.view(-1, *[1] * (x.ndim - 1))
