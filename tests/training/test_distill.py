@@ -333,12 +333,14 @@ def alone() -> Iterator[None]:
 
 
 def test_wrapped_for_several_processes_it_is_the_same(alone: None) -> None:
-    """DDP counts on one forward for each backward: the teacher's goes past it, what the sites lose through it."""
+    """DDP sees the student's forward alone; the teacher's goes past it, with weights by the model's own names."""
     found = []
     for wrap in (False, True):
         model, patch, values = host("wan", "vsa")
-        teachers = {"velocity": (0.5, VelocityDistillation(patch)), "attention": (0.5, AttentionDistillation(patch))}
-        wrapped = DistributedDataParallel(model) if wrap else model
+        velocity = VelocityDistillation(patch, start=StartWeights(model, patch=patch, copy="device"))
+        move(model)
+        teachers = {"velocity": (0.5, velocity), "attention": (0.5, AttentionDistillation(patch))}
+        wrapped = DistributedDataParallel(model, static_graph=True) if wrap else model
         losses = task(values, teachers=teachers).loss(wrapped, *one(values), 0)
         assert losses.keys() == {"loss", "data", "velocity", "attention"}
         found.append(learnt(model, losses["loss"]))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_pipelines
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from vsparse.host import training_host
 from vsparse.methods.attention_tile import AttentionTile
 from vsparse.patch import Patch
+from vsparse.training import loop
 from vsparse.training.draws import Draws
 from vsparse.training.efficient_vdit import EfficientVDiT, efficient_vdit
 from vsparse.training.loop import TrainSettings
@@ -66,6 +70,14 @@ def losses(folder: Path, stage: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / stage / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("first", ["consistency", "attention"])
 def test_either_order_goes_on_after_an_interruption(tmp_path: Path, first: Any) -> None:
     """The search is within a bound that nothing exceeds, and so finds one global frame for each layer."""
@@ -81,6 +93,24 @@ def test_either_order_goes_on_after_an_interruption(tmp_path: Path, first: Any) 
     again, found = run(tmp_path / "torn", first=first)
     assert again.plan.method == patch.plan.method
     assert [name for name, x in weights.items() if not torch.equal(found[name], x)] == []
+
+
+def test_stages_do_not_meet_in_ddp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: None) -> None:
+    """Each wraps the model anew; what the one before had hung on the parameters is gone."""
+
+    made: list[weakref.ref[nn.Module]] = []
+
+    def wrapped(model: nn.Module, accelerator: Any, *, shard: bool) -> tuple[nn.Module, Any]:
+        assert all(one() is None for one in made)
+        ddp = DistributedDataParallel(model, static_graph=True)
+        made.append(weakref.ref(ddp))
+        return ddp, ddp.no_sync
+
+    _, weights = run(tmp_path / "plain")
+    monkeypatch.setattr(loop, "spread", wrapped)
+    _, found = run(tmp_path / "wrapped")
+    assert [name for name, x in weights.items() if not torch.equal(found[name], x)] == []
+    assert len(made) == 2
 
 
 def test_wrong_choices_are_refused() -> None:

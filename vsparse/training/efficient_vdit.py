@@ -113,7 +113,6 @@ def efficient_vdit(
         )
         averaged.update(trainer.average.tensors)
         trainer.run()
-        trainer.accelerator.free_memory()  # and what it has hung on the parameters, before the next one does
 
     def fewer_steps(patch: Patch | None) -> None:
         teacher = ConsistencyDistillation(

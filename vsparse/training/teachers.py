@@ -88,8 +88,8 @@ class StartWeights:
 
     Args:
         model: The transformer, before its first training step and not wrapped. patch: what made it sparse, or None.
-        copy: Where to keep a copy of the model's own parameters that learn: "device" (beside them) or "cpu" (and moved
-            for each call). None: none may be made.
+        copy: Where to keep a copy of the model's own parameters that learn: "device" (where the model is, also when it
+            moves) or "cpu" (and moved for each call). None: none may be made.
 
     Raises:
         ValueError: parameters of the model learn and ``copy`` is None; an adapter does not begin as nothing, or cannot
@@ -114,6 +114,7 @@ class StartWeights:
                 f"{len(learning)} parameters of the model learn; to keep what they were takes {size:.2f} GiB: give "
                 "copy='device' or copy='cpu', or let LoRA or the method's own parameters learn instead"
             )
+        self._moves = copy == "device"
         self._kept = {
             name: x.detach().to("cpu" if copy == "cpu" else x.device, copy=True) for name, x in learning.items()
         }
@@ -126,8 +127,11 @@ class StartWeights:
             ValueError: as of `with_weights`.
         """
         device = next(model.parameters()).device
+        kept = {name: x.to(device) for name, x in self._kept.items()}
+        if self._moves:
+            self._kept = kept
         with _switched_off(model):
-            yield with_weights(model, {name: x.to(device) for name, x in self._kept.items()})
+            yield with_weights(model, kept)
 
 
 def _adapters(model: nn.Module) -> dict[str, Any]:
