@@ -218,7 +218,7 @@ def third_parties(source: Source) -> Iterator[str]:
             if len(given) != 2 or given[0].startswith("vsparse."):
                 continue
             top = given[0].split(".")[0]
-            if given[1] not in RUNTIME or IMPORTED_AS.get(top, top) not in declared(given[1]):
+            if given[1] not in RUNTIME or distribution(IMPORTED_AS.get(top, top)) not in declared(given[1]):
                 yield f"{source.path}:{node.lineno}: the extra {given[1]!r} does not bring {given[0]}"
 
 
