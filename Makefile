@@ -19,7 +19,7 @@ TORCH_INDEX_URL ?=
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-floor lint bench compare gate bench-gpu tune-gpu clean
+.PHONY: help demo test test-all test-floor lint bench compare study study-scratch gate bench-gpu tune-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,12 @@ bench: $(STAMP) ## time block-sparse attention against dense attention on this m
 
 compare: $(STAMP) ## what each method's maps catch at which density, and the cost of choosing; writes out/compare
 	@$(BIN)/python scripts/compare_methods.py
+
+study: $(STAMP) ## quality of every method on the embedded model, free and fine-tuned (hours, resumable); writes out/study
+	@$(BIN)/python scripts/study_methods.py
+
+study-scratch: $(STAMP) ## VSA and VMoBA against dense from random weights, three seeds (hours, resumable); writes out/scratch
+	@$(BIN)/python scripts/study_from_scratch.py
 
 bench-gpu: $(STAMP) ## the same on a GPU, correctness first (under ten minutes); writes out/bench
 	@$(BIN)/python scripts/bench_kernels.py

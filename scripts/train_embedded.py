@@ -43,9 +43,11 @@ EVERY = 50  # steps between checkpoints
 TRAINING, LATENTS, TEST = 0, 1, 2  # seeds of the clips
 CLIPS = 4096
 # Of the transformer: steps, latent frames, batch. Pictures first, which teach colours, shapes and grounds at a fifth of
-# the price of a clip, then short clips, then whole ones.
-PHASES = ((300, 1, 40), (300, 3, 13), (1400, 5, 8))
-ENDS = [(sum(steps for steps, _, _ in PHASES[: i + 1]), *what) for i, (_, *what) in enumerate(PHASES)]
+# the price of a clip, then short clips, then whole ones; and once more whole ones from a high rate.
+CYCLES = (
+    (2e-3, ((300, 1, 40), (300, 3, 13), (1400, 5, 8))),
+    (1.5e-3, ((4000, 5, 8),)),
+)
 FLOW_SHIFT = 4.0
 EMPTY_CAPTIONS = 0.1
 
@@ -192,13 +194,14 @@ def assemble(folder: Path, transformer: Any) -> Any:
     )
 
 
-def source(latents: Tensor, numbers: Tensor, text: dict[str, Tensor]) -> Any:
+def source(cycle: int, phases: Any, latents: Tensor, numbers: Tensor, text: dict[str, Tensor]) -> Any:
     """Batches of each step, drawn from the step alone."""
+    ends = [(sum(steps for steps, _, _ in phases[: i + 1]), *what) for i, (_, *what) in enumerate(phases)]
 
     def between(first: int, last: int) -> Iterator[Sample]:
         for step in range(first, last):
-            frames, size = next(what for end, *what in ENDS if step < end)
-            chosen = torch.randint(len(latents), (size,), generator=Draws((0, "order", step)).generator())
+            frames, size = next(what for end, *what in ends if step < end)
+            chosen = torch.randint(len(latents), (size,), generator=Draws((cycle, "order", step)).generator())
             mine = {name: x[numbers[chosen]] for name, x in text.items()}
             yield Sample(latents=latents[chosen, :, :frames], text=mine, name=f"clips {chosen.tolist()}")
 
@@ -217,24 +220,28 @@ def stage_transformer(folder: Path) -> None:
         if done % 50 == 0:
             print(f"step {done} loss {figures['loss']:.4f} {time.perf_counter() - began:.0f} s", flush=True)
 
-    run = Trainer(
-        transformer,
-        Denoising(
-            forward=side.forward,
-            objective=dc.replace(objective_of(pipe.scheduler), stratified=True),
-            source=source(stored["latents"], stored["scenes"], text),
-            empty=side.encode_text([""]),
-            empty_captions=EMPTY_CAPTIONS,
-        ),
-        settings=TrainSettings(steps=sum(steps for steps, _, _ in PHASES), average=0.998, save_every=100),
-        optimiser=OptimiserSettings(name="muon", learning_rate=2e-3, schedule="cosine", warmup=50, final=0.01),
-        folder=folder / "run",
-        identity={"phases": PHASES, "shift": FLOW_SHIFT, "empty_captions": EMPTY_CAPTIONS},
-        progressed=progressed,
-    )
-    run.run()
-    with run.average.in_place():
-        transformer.save_pretrained(folder / "transformer")
+    for cycle, (rate, phases) in enumerate(CYCLES):
+        print(f"cycle {cycle + 1} of {len(CYCLES)}", flush=True)
+        run = Trainer(
+            transformer,
+            Denoising(
+                forward=side.forward,
+                objective=dc.replace(objective_of(pipe.scheduler), stratified=True),
+                source=source(cycle, phases, stored["latents"], stored["scenes"], text),
+                empty=side.encode_text([""]),
+                empty_captions=EMPTY_CAPTIONS,
+            ),
+            settings=TrainSettings(
+                steps=sum(steps for steps, _, _ in phases), seed=cycle, average=0.998, save_every=100
+            ),
+            optimiser=OptimiserSettings(name="muon", learning_rate=rate, schedule="cosine", warmup=50, final=0.01),
+            folder=folder / f"run-{cycle + 1}",
+            identity={"phases": phases, "shift": FLOW_SHIFT, "empty_captions": EMPTY_CAPTIONS},
+            progressed=progressed,
+        )
+        run.run()
+        run.average.copy_to_model()
+    transformer.save_pretrained(folder / "transformer")
 
 
 def stage_pack(folder: Path) -> None:
@@ -248,6 +255,8 @@ def stage_pack(folder: Path) -> None:
             told = json.loads(path.read_text())
             told.pop("_name_or_path", None)
             path.write_text(json.dumps(told, indent=2) + "\n")
+        for path in scratch.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         size = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
     print(f"{folder / 'tiny_wan'}: {size / 1e6:.1f} MB")
 

@@ -64,7 +64,7 @@ def measured(known: Facts, figures: dict[str, Any]) -> list[str]:
 def section(known: Facts, figures: dict[str, Any]) -> str:
     picture = f"images/methods/{known.key}.png"
     drawn = [f"![what {known.key} computes]({picture})", ""] if (ROOT / "docs" / picture).is_file() else []
-    schedule = known.schedule if known.schedule.startswith("sparse") else f"`{known.schedule}`"
+    schedule = f"`{known.schedule}`" if "=" in known.schedule else known.schedule
     cost = known.cost if known.cost.startswith("none") else f"`{known.cost}` FLOPs"
     lines = [
         f"- When: {known.advice}",

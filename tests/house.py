@@ -13,7 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-RUNTIME = ("diffusers", "cli", "lora")  # the extras that library code may import
+RUNTIME = ("diffusers", "cli", "lora", "train")  # the extras that library code may import
+
+IMPORTED_AS = {"yaml": "pyyaml"}  # the others have the names of their distributions
 
 # Bottom up. A module sees the floors below its own, never its own floor.
 FLOORS: tuple[tuple[str, ...], ...] = (
@@ -54,6 +56,7 @@ OPEN_OPTIONS = frozenset(
         ("vsparse/methods/base.py", "replace", "overrides"),
         ("vsparse/backend.py", "reasons", "options"),  # handed to the implementation as they came
         ("vsparse/backend.py", "lookup", "options"),
+        ("vsparse/training/teachers.py", "forward", "kwargs"),  # what the host's model takes
     }
 )
 
@@ -165,7 +168,7 @@ def distribution(requirement: str) -> str:
 
 
 def declared(*extras: str) -> frozenset[str]:
-    """What pyproject.toml asks for; the runtime packages are imported under the names of their distributions."""
+    """What pyproject.toml asks for;"""
     listed = [requirement for extra in extras for requirement in EXTRAS[extra]]
     return frozenset(distribution(requirement) for requirement in [*PROJECT["dependencies"], *listed])
 
@@ -214,7 +217,8 @@ def third_parties(source: Source) -> Iterator[str]:
             given = [value.value for value in node.args if isinstance(value, ast.Constant)]
             if len(given) != 2 or given[0].startswith("vsparse."):
                 continue
-            if given[1] not in RUNTIME or distribution(given[0].split(".")[0]) not in declared(given[1]):
+            top = given[0].split(".")[0]
+            if given[1] not in RUNTIME or distribution(IMPORTED_AS.get(top, top)) not in declared(given[1]):
                 yield f"{source.path}:{node.lineno}: the extra {given[1]!r} does not bring {given[0]}"
 
 

@@ -97,6 +97,25 @@ class Driven:
         return ~is_text | (place < length[:, None])
 
 
+def phases(method: Method, steps: int, *, layer: int = 0, schedule: vsparse.Schedule | None = None) -> list[str]:
+    """The phases of a layer in a whole generation."""
+    chosen = vsparse.Schedule() if schedule is None else schedule
+    found: list[str] = []
+    filled, stamp = False, None
+    for step in range(steps):
+        phase = method.phase(chosen, step=step, steps=steps, layer=layer, filled=filled, stamp=stamp)
+        if phase in method.state_phases:
+            filled, stamp = True, step
+        found.append(phase)
+    return found
+
+
+def orthogonal(rank: int, seed: int = 0) -> Tensor:
+    """``[H, D, R]`` float64: orthonormal columns for each head."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(HEADS, DIM, DIM, generator=generator, dtype=torch.float64))[0][..., :rank]
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
     """Softmax attention of ``[B, N, H, D]`` under a mask; rows without a key give 0."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

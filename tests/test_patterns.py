@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import strategies
@@ -15,10 +16,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vsparse
-from vsparse import Grid, RasterLayout, TileLayout, patterns
+from vsparse import CurveLayout, Grid, RasterLayout, TileLayout, patterns
 from vsparse.blocks import BlockMap
 from vsparse.layouts import Layout
-from vsparse.patterns import Box, Pattern
+from vsparse.patterns import Box, Pattern, algebra
 
 MANY = settings(max_examples=120)
 
@@ -41,6 +42,7 @@ def test_every_rule_token_by_token(kind: str, data: st.DataObject, grid: Grid) -
 @pytest.mark.parametrize("kind", ["rule", "combined", "mixed"])
 @given(data=st.data())
 def test_block_form_is_any_kept_pair_of_tokens(kind: str, data: st.DataObject) -> None:
+    """Whether its differences are few and tried one by one, or judged by boxes."""
     grid = data.draw(strategies.grids(text=4))
     pattern = data.draw({"rule": rules, "combined": combined, "mixed": mixed}[kind])
     layout = data.draw(strategies.layouts(grid))
@@ -50,7 +52,9 @@ def test_block_form_is_any_kept_pair_of_tokens(kind: str, data: st.DataObject) -
     if text == "always":
         keep = keep | is_text | is_text[:, None]
     wanted = blocks_of(keep, layout)
-    found = mask(pattern.block_map(layout, text=text))
+    algebra._block_mask.cache_clear()
+    with mock.patch.object(algebra, "_FEW", data.draw(st.sampled_from([-1, 128]))):
+        found = mask(pattern.block_map(layout, text=text))
     used = layout.length[0, 0] > 0
     full = wanted[:, used].all(-1) & used
     assert torch.equal(found, wanted | full[:, None])
@@ -262,8 +266,6 @@ def test_an_order_per_head_is_refused() -> None:
 
 
 def test_equal_patterns_are_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vsparse.patterns import algebra
-
     built = []
     stock = algebra.kept_pairs
 
@@ -280,6 +282,15 @@ def test_equal_patterns_are_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
     patterns.Window(size=3).block_map(TileLayout(grid, tile=(2, 2, 3)))
     patterns.Window(size=3).block_map(TileLayout(grid, tile=(2, 2, 2)), text="pattern")
     assert len(built) == 3
+
+
+def test_equal_lists_are_made_once() -> None:
+    """A plan asks for the maps of every layer."""
+    layout = TileLayout(Grid(t=3, h=5, w=7), tile=(2, 2, 2))
+    algebra._lists.cache_clear()
+    for _ in range(3):
+        patterns.block_map((patterns.Window(size=3), patterns.Window(size=5)), layout)
+    assert algebra._lists.cache_info().misses == 2
 
 
 @pytest.mark.parametrize("mode", ["inference", "fake", "device", "no_grad"])
@@ -323,10 +334,13 @@ REAL = [
     (WAN, TileLayout(WAN), patterns.Band(width=5000) & patterns.Stride(step=2)),
     (WAN, RasterLayout(WAN, break_at="frame"), ~patterns.Window(size=(9, 21, 21)) & patterns.Cells(size=(None, 9, 16))),
     (HUNYUAN, RasterLayout(HUNYUAN), patterns.Window(size=(5, 11, 11)) | patterns.same_position),
+    (HUNYUAN, CurveLayout(HUNYUAN), patterns.Offset(low=(-1, -1, -1), high=(1, 1, 1))),
 ]
 
 
-@pytest.mark.parametrize(("grid", "layout", "pattern"), REAL, ids=["radial", "sta", "stride", "cells", "hunyuan"])
+@pytest.mark.parametrize(
+    ("grid", "layout", "pattern"), REAL, ids=["radial", "sta", "stride", "cells", "hunyuan", "jenga"]
+)
 def test_real_sizes(grid: Grid, layout: Layout, pattern: Pattern) -> None:
     """Random block pairs of long videos token by token; half of them from the border between kept and not."""
     found = mask(pattern.block_map(layout))

@@ -78,7 +78,8 @@ def save(
         "method": method.key,
         "hosts": tuple(hosts),
         "options": method.options(),
-        "schedule": {k: v for k, v in dc.asdict(schedule).items() if k != "ramp"},
+        # A method's default of another kind says what fields do not: it is found again by not being there.
+        "schedule": _fields(schedule) if type(schedule) is Schedule else None,
         "models": {
             name: {"class": model.model, "unread": model.unread, "config": dict(model.config)}
             for name, model in models.items()
@@ -108,6 +109,10 @@ def save(
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def _fields(schedule: Schedule) -> dict[str, Any]:
+    return {name: value for name, value in dc.asdict(schedule).items() if name != "ramp"}
 
 
 def _is_adapter(path: Path) -> bool:
@@ -186,7 +191,7 @@ def _read_adapter(path: Path) -> Stored:
         if config["format"] != _FORMATS[name]:
             raise ValueError(f"format {config['format']!r}; this version reads format {_FORMATS[name]} in {name}")
         method = get_method(config["method"])().replace(**config["options"])
-        schedule = Schedule(**config["schedule"])
+        schedule = None if config["schedule"] is None else Schedule(**config["schedule"])
         tensors = _tensors(path / _WEIGHTS)
         models = _models(config["models"], tensors) if name == _CONFIG else None
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:

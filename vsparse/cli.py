@@ -78,6 +78,7 @@ def plainly(command: Callable[P, None]) -> Callable[P, None]:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", category=FutureWarning)
                 warnings.filterwarnings("ignore", module="huggingface_hub")
+                warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # norms in float32
                 return command(*args, **kwargs)
         except (ValueError, NotImplementedError, ImportError, OSError, RuntimeError) as error:
             errors.print(f"vsparse: {error}", style="bold red", markup=False, highlight=False)
@@ -286,10 +287,10 @@ def finetune(
     if settings is None:
         raise ValueError("give a settings file; `vsparse finetune --example` prints one to start from")
     told = settings_file.read(settings)
-    from vsparse.optional import require
+    from vsparse.training.loop import make_accelerator
     from vsparse.training.progress import Shown
 
-    first = require("accelerate", "diffusers").PartialState().is_main_process
+    first = make_accelerator().is_main_process
     _quiet()
     with Shown(console if first else Console(quiet=True), told.train.steps) as shown:
         result = work.finetune(told, told=shown)

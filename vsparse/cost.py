@@ -6,7 +6,7 @@ import dataclasses as dc
 
 from vsparse.layouts import Layout
 from vsparse.methods.base import Method, Site
-from vsparse.schedule import Schedule
+from vsparse.schedule import Phase, Schedule
 
 __all__ = ["AttentionCost", "attention_cost"]
 
@@ -18,12 +18,14 @@ class AttentionCost:
     Args:
         dense: With full attention. sparse: what the schedule executes, searches and padding slots included.
         search: The part of ``sparse`` that finds maps. density: executed share of token pairs, mean over all calls.
+        sparse_density: The same of a sparse call, mean over the sites.
     """
 
     dense: float
     sparse: float
     search: float
     density: float
+    sparse_density: float
 
 
 def attention_cost(
@@ -39,11 +41,13 @@ def attention_cost(
         sites: Each site with its layout. steps: denoising steps; None: one call without a step rule.
         batch: Samples per generation, CFG branches included.
     """
-    dense = sparse = search = pairs = 0.0
+    dense = sparse = search = pairs = densities = 0.0
     rounds = 1 if steps is None else steps
     for site, layout in sites:
         unit = 4.0 * batch * site.heads * site.head_dim
         chosen, density = method.of(site), method.of(site).predicted_density(layout, site)
+        densities += density
+        searches: dict[Phase, float] = {}  # asked once, as a method may count in its map
         filled, stamp = False, None
         for step in range(rounds):
             known = None if steps is None else step
@@ -54,9 +58,17 @@ def attention_cost(
             dense += full
             if phase == "output":
                 continue
-            extra = 0.0 if phase == "dense" else chosen.search_flops(layout, site, batch, phase)
+            if phase not in searches:
+                searches[phase] = 0.0 if phase == "dense" else chosen.search_flops(layout, site, batch, phase)
+            extra = searches[phase]
             exact = phase in chosen.exact_phases
             pairs += full if exact else full * density
             sparse += extra + (full if exact else unit * layout.slots**2 * density)
             search += extra
-    return AttentionCost(dense=dense, sparse=sparse, search=search, density=pairs / dense if dense else 1.0)
+    return AttentionCost(
+        dense=dense,
+        sparse=sparse,
+        search=search,
+        density=pairs / dense,
+        sparse_density=densities / len(sites),
+    )

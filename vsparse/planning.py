@@ -114,11 +114,12 @@ def plan(
     for claim in roots[0].claims:
         layouts[claim.site.layer] = method.of(claim.site).layout(grid, claim.site)
     sites = [(claim.site, layouts[claim.site.layer]) for claim in roots[0].claims]
+    cost = attention_cost(method, schedule, sites, steps=steps, batch=batch)
     return dc.replace(
         made,
         grid=grid,
-        density=sum(method.of(site).predicted_density(layout, site) for site, layout in sites) / len(sites),
-        cost=attention_cost(method, schedule, sites, steps=steps, batch=batch),
+        density=cost.sparse_density,
+        cost=cost,
         state_bytes=sum(
             _state_bytes(
                 method.of(claim.site), layouts[claim.site.layer], claim.site, batch, host.placement(claim.module)[1]

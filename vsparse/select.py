@@ -13,7 +13,17 @@ from vsparse.geometry import kept_blocks
 from vsparse.layouts import Blocking
 from vsparse.ops.selection import select_blocks
 
-__all__ = ["Budget", "budget", "expand_tiles", "forced_text", "head_global", "threshold", "top_k", "top_p"]
+__all__ = [
+    "Budget",
+    "budget",
+    "expand_tiles",
+    "forced_text",
+    "head_global",
+    "threshold",
+    "top_k",
+    "top_p",
+    "top_p_capacity",
+]
 
 Budget = Literal["exempt", "compete", "join"]
 
@@ -93,6 +103,14 @@ def top_p(
     limit = mass.double() if isinstance(mass, Tensor) else _number(mass, torch.float64, scores)
     rule = "reach" if include_crossing else "stay"
     return _rows(scores, q, k, rule, limit, least, forced, forced_budget, capacity)
+
+
+def top_p_capacity(mass: float, blocks: int) -> int:
+    """Key blocks of ``blocks`` that a row of `top_p` keeps at most, the crossing one included.
+
+    The best n of K blocks hold at least n / K of the total; one more covers rounding.
+    """
+    return min(blocks, kept_blocks(mass, blocks) + 1)
 
 
 def threshold(

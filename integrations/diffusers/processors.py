@@ -143,13 +143,9 @@ def _attend(
                 "the bool [B, 1, 1, N] mask that hides padded text"
             )
     if site.phase == "dense":
-        if mask is None or call.trim is None or call.text_length is None:
+        if mask is None or call.trim is None:
             return dense(query, key, value, mask)
-        size = call.trim.shape[0]
-        valid = None
-        if query.shape[0] > 1:
-            last = call.grid.video + call.text_length
-            valid = (torch.arange(size, device=query.device) < last[:, None])[:, None, None]
+        size, valid = call.keys(query.shape[0])
         return dense(query, key[:, :size], value[:, :size], valid)
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)

@@ -65,6 +65,24 @@ def test_a_given_schedule_holds_for_all_sparse_parts() -> None:
         assert [site.phase for site in sites(patch)] == ["dense"] * 4 + ["search"] * 2
 
 
+def test_an_empty_schedule_is_a_given_one(tmp_path: Path) -> None:
+    """``Schedule()`` makes every sparse part sparse from the first step; without one STA waits. Saved, too."""
+    model, inputs = build()
+    values = rows.prompt("wan", inputs)
+    parts = {"0-2": "sta", "3-4": "vsa"}
+    for given, first in ((None, "dense"), (vsparse.Schedule(), "search")):
+        patch = vsparse.apply(model, "by_layer", parts=parts, schedule=given)
+        patch.save(tmp_path / first)
+        found = vsparse.plan(model, "by_layer", parts=parts, schedule=given).schedule
+        assert patch.plan.schedule == found
+        patch.remove()
+        patch = vsparse.load(model, tmp_path / first)
+        with patch.generation(10), patch.step(0):
+            rows.forward(model, values)
+        assert [site.phase for site in sites(patch)] == [first] * 3 + ["search"] * 2 + ["dense"]
+        patch.remove()
+
+
 def test_everything_kept_equals_the_host() -> None:
     model, inputs = build(3)
     values = rows.prompt("wan", inputs, batch=2)

@@ -24,8 +24,10 @@ HOST = pytest.mark.parametrize("host", rows.HOSTS)
 
 
 @ORDER
-@HOST
-def test_layerwise_casting(order: str, host: str) -> None:
+@pytest.mark.parametrize(
+    ("host", "method"), [*((host, "vsa") for host in rows.HOSTS), *(("wan", key) for key in ("dsv", "sla"))]
+)
+def test_layerwise_casting(order: str, host: str, method: str) -> None:
     """Weights stored in float8 and computed in bfloat16; ours follow the compute dtype."""
     model, inputs = rows.build(host, dtype=torch.bfloat16)
     values = rows.prompt(host, inputs)
@@ -33,13 +35,13 @@ def test_layerwise_casting(order: str, host: str) -> None:
     def cast() -> None:
         model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
 
-    with patched(model, "vsa", order, cast) as patch:
+    with patched(model, method, order, cast) as patch:
         assert {x.dtype for x in patch.parameters()} == {torch.bfloat16 if order == "before" else torch.float8_e4m3fn}
         found = rows.forward(model, values)
         # Ours as they were stored, in a host that casts.
         kept = {name: x.detach().bfloat16() for name, x in patch.named_parameters()}
     stock = rows.forward(model, values)
-    with vsparse.apply(model, "vsa", **rows.METHODS["vsa"].sparse) as patch, torch.no_grad():
+    with vsparse.apply(model, method, **rows.METHODS[method].sparse) as patch, torch.no_grad():
         for name, parameter in patch.named_parameters():
             parameter.copy_(kept[name])
         assert torch.equal(rows.forward(model, values), found)

@@ -10,11 +10,12 @@ from typing import Any
 import one_site
 import pytest
 import torch
+from oracle import assert_identity
 from torch import Tensor
 
 from vsparse import ops, select
 from vsparse.blocks import BlockMap
-from vsparse.geometry import Grid
+from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Blocking
 from vsparse.measure import recall_report
 from vsparse.measure.compare import Point, Sweep, compare, embedded_samples, recall_at, sweeps
@@ -42,12 +43,8 @@ def test_every_method_beats_random_blocks(grid: Grid) -> None:
     sample = structured_sample(grid, width=32)
     for point in compare([sample], list(LINES.values())):
         where = f"{point.line}, {point.field}={point.value}: {point}"
-        # Blocks are whole, so a random row may end up with as much as one block less or more in the mean.
-        assert abs(point.random_density - point.density) < 0.05, where
-        if point.density < 0.9:
-            assert point.recall > point.random + 0.02, where
-        else:
-            assert point.recall >= point.random - 1e-9, where
+        assert point.density <= point.random_density, where
+        assert point.recall > point.random or point.density == 1.0, where
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -77,14 +74,19 @@ def test_recall_and_density_are_those_of_the_token_mask(name: str, grid: Grid) -
 
 
 def test_mass_is_that_of_the_op() -> None:
-    sample = structured_sample(GRIDS[1], width=32, dtype=torch.float64)
+    sample = structured_sample(GRIDS[1], width=32)
     module, call = driven(get_method("vsa")(tile=(2, 2, 4), block=16), sample)
     kept = kept_by(module.method, sample)
-    q, k, v = (call.blocking.pack(x) for x in (sample.q, sample.k, sample.v))
-    wanted = ops.search_attention(q, k, v, call.blocking)[2]
-    mass = key_mass(sample, kept.block, kept.keep.shape[-1])
-    found = torch.zeros_like(wanted[0]).scatter_add(1, kept.row[..., None].expand_as(mass), mass.to(wanted.dtype))
-    torch.testing.assert_close(found, wanted[0], rtol=1e-4, atol=1e-4)
+
+    def by_token(q: Tensor, k: Tensor) -> Tensor:
+        mass = key_mass(dc.replace(sample, q=q, k=k, v=k), kept.block, kept.keep.shape[-1])
+        return torch.zeros_like(kept.keep, dtype=mass.dtype).scatter_add(1, kept.row[..., None].expand_as(mass), mass)
+
+    def by_op(q: Tensor, k: Tensor) -> Tensor:
+        q, k = (call.blocking.pack(x) for x in (q, k))
+        return ops.search_attention(q, k, k, call.blocking)[2][0]
+
+    assert_identity(by_token, by_op, [sample.q, sample.k], grads=False)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -113,9 +115,10 @@ def test_no_pooled_score_catches_more_than_the_exact_mass(
             torch.where(select.top_k(x, tiles, count=count, forced=select.forced_text(tiles)).to_mask(), mass, 0)
             for x in (mass, scores)
         )
-        best, found = (x.sum(-1)[..., video] for x in (best, found))
-        assert (found <= best * (1 + 1e-9)).all()
-        assert found.sum() < best.sum(), "the pooled scores choose as the exact mass does: compare something harder"
+        # One by one, the largest first: sums would round.
+        best, found = (x.sort(-1, descending=True).values[:, :, video] for x in (best, found))
+        assert (found <= best).all()
+        assert (found < best).any(), "the pooled scores choose as the exact mass does: compare something harder"
 
 
 def test_adaspa_with_heads_alike_is_the_best_of_its_layout() -> None:
@@ -125,8 +128,8 @@ def test_adaspa_with_heads_alike_is_the_best_of_its_layout() -> None:
     points = {(point.line, point.value): point for point in compare([sample], lines)}
     for value in LINES["sla"].values:
         best = points["adaspa, heads alike", value]
-        assert points["sla", value].density == pytest.approx(best.density)
-        assert points["sla", value].recall <= best.recall + 1e-6
+        assert points["sla", value].density == best.density
+        assert points["sla", value].recall < best.recall
 
 
 def test_random_blocks_leave_text_alone_and_repeat() -> None:
@@ -140,6 +143,17 @@ def test_random_blocks_leave_text_alone_and_repeat() -> None:
     text = kept.text_blocks
     assert int(text.sum()) == len(HEADS)
     assert all(first.keep[head][:, text[head]].all() for head in range(len(HEADS)))
+
+
+@pytest.mark.parametrize("name", ["vsa", "vmoba", "svg2", "nabla"])
+def test_random_rows_have_as_many_tokens_or_a_part_of_a_block_more(name: str) -> None:
+    kept = kept_by(middle(LINES[name]), structured_sample(GRIDS[1], width=16), layer=2)
+    chance = random_like(kept, 0)
+    size = torch.where(kept.text_blocks, 0, kept.sizes)
+    wanted, drawn = ((x.keep * size[:, None]).sum(-1) for x in (kept, chance))
+    assert (wanted <= drawn).all()
+    assert (drawn < wanted + size.amax(-1, keepdim=True)).all()
+    assert not torch.equal(chance.keep, kept.keep)
 
 
 def test_structured_samples_repeat_and_leave_the_generator() -> None:
@@ -166,7 +180,8 @@ def test_selection_cost_takes_its_clocks_away() -> None:
     costs = selection_cost(grid=Grid(t=4, h=16, w=16), heads=1, width=16, density=0.3, rounds=1)
     assert (ops.block_sparse_attention, Blocking.pack) == stock
     assert all(cost.select > 0 < cost.attend for cost in costs)
-    assert {cost.line: cost.density for cost in costs}["sla"] == pytest.approx(0.3, abs=0.07)
+    blocks = 4 * 16 * 16 // 64
+    assert {cost.line: cost.density for cost in costs}["sla"] == kept_blocks(0.3, blocks) / blocks
     assert set(selection_summary(costs)) == {cost.line for cost in costs}
     selection_table(costs)
 
@@ -176,9 +191,9 @@ def test_what_is_written(tmp_path: Path) -> None:
         chance = {"random": density, "random_density": density}
         return Point(line=line, method="vsa", field="density", value=density, density=density, recall=recall, **chance)
 
+    line = [point("a", 0.25, 0.5), point("a", 0.75, 1.0)]
+    assert [recall_at(line, "a", density) for density in (0.2, 0.25, 0.5, 0.75)] == [None, 0.5, 0.75, 1.0]
     sets = {"one": [point("a", 0.05, 0.3), point("a", 0.15, 0.5)], "two": [point("a", 0.1, 0.7), point("b", 0.5, 0.9)]}
-    assert recall_at(sets["one"], "a", 0.1) == pytest.approx(0.4)
-    assert recall_at(sets["one"], "a", 0.2) is None
     assert "| `a` | 0.40 | – | – | " in recall_report.markdown(sets)
     recall_report.recall_table("one", sets["one"])
     picture = recall_report.plot(tmp_path / "recall.png", sets, title="t", note="n")

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from vsparse.measure import demo
+from vsparse.measure.adherence import adherence
 from vsparse.measure.embedded import EMBEDDED, embedded_pipeline
+from vsparse.measure.shapes import draw, scenes
 from vsparse.measure.video import read_video
 from vsparse.methods import list_methods
 
@@ -40,7 +42,7 @@ def test_demo_writes_videos_sheet_and_report_and_gives_the_pipeline_back(tmp_pat
     assert by_name["vsa, density=0.25"].density < by_name["vsa, density=0.5"].density < 1
     assert by_name["vsa, density=0.25"].quality.psnr < 60
     for run in runs:
-        assert read_video(run.video).shape == (3, 256, 256, 3)
+        assert read_video(run.video).shape == (3, 3 * EMBEDDED.height, 3 * EMBEDDED.width, 3)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["clip"]["steps"] == 2
     assert [row["name"] for row in report["runs"]] == [run.name for run in runs]
@@ -62,3 +64,13 @@ def test_rows_tell_dense_steps_and_equality() -> None:
         stats={"density": 0.4, "calls": calls}, quality=demo.compare(*[torch.zeros(1, 16, 16, 3)] * 2),
     )  # fmt: skip
     assert demo.facts(run, EMBEDDED) == ["density 0.400, 3 of 12 steps dense", "2.0 s", "equal to the bit"]
+
+
+def test_rows_tell_what_is_seen() -> None:
+    scene = scenes()[0]
+    frames = draw([scene], seed=0)[0].movedim(0, -1) * 0.5 + 0.5
+    run = demo.Run(name="dense", method="", options={}, frames=frames, seconds=2.0, shows=adherence(frames, scene))
+    assert demo.facts(run, EMBEDDED)[-1] == "seen: red circle, right, dark, steady"
+    assert run.shows is not None
+    assert run.shows.right == 5
+    assert adherence(frames, scenes()[-1]).right == 1  # steady, and nothing else

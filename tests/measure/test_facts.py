@@ -20,7 +20,7 @@ from vsparse.schedule import Schedule
 
 PICTURES = Path(__file__).resolve().parents[2] / "docs" / "images" / "methods"
 KEYS = list(list_methods())
-SITE = Site(root="root", name="site", layer=0, layers=1, dim=HEADS * DIM, heads=HEADS, head_dim=DIM, host="none")
+SITE = Site.alone(heads=HEADS, head_dim=DIM)
 
 
 def value(formula: str, names: dict[str, Any]) -> float:

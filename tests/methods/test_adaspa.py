@@ -175,7 +175,7 @@ def test_head_densities_keep_the_mean_and_stay_in_range(
 
 def test_spread_stops_at_the_ends() -> None:
     assert AdaSpa(density=0.2).spread == 0.1
-    assert AdaSpa(density=0.9).spread == pytest.approx(0.1, abs=1e-15)
+    assert AdaSpa(density=0.9375).spread == 0.0625
     assert AdaSpa(density=1.0).spread == 0.0
     assert AdaSpa(density=0.2, head_adaptive=False).spread == 0.0
 

@@ -48,7 +48,7 @@ def test_blocks_hold_exactly_the_kept_pairs(grid: vsparse.Grid, count: int, bloc
     keep = tokens_by_hand(grid, count)
     one(*tensors(grid))
     assert torch.equal(one.keep()[0], keep.expand(HEADS, -1, -1))
-    assert float(one.maps[0].density().mean()) == pytest.approx(float(keep.double().mean()))
+    assert float(one.maps[0].density().mean()) == float(keep.double().mean())
 
 
 @GRIDS
@@ -72,10 +72,10 @@ def test_output(grid: vsparse.Grid, count: int) -> None:
 def test_published_sparsity(frames: int, count: int, published: float) -> None:
     """The closed form holds exactly; the paper's table lies 0.8 to 1.5 points below it."""
     place = torch.arange(frames)
-    kept = FrameTiles(count=count)(place[:, None], place[None]).double().mean()
-    exact = (frames - count) * (frames - count - 1) / frames**2
-    assert 1.0 - float(kept) == pytest.approx(exact)
-    assert 0.005 < exact - published < 0.015
+    kept = FrameTiles(count=count)(place[:, None], place[None])
+    dropped = (frames - count) * (frames - count - 1)
+    assert int((~kept).sum()) == dropped
+    assert 0.005 < dropped / frames**2 - published < 0.015
 
 
 def test_a_number_for_each_layer() -> None:

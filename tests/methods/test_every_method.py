@@ -37,10 +37,13 @@ class Row:
     whole: Mapping[str, Any] = dc.field(default_factory=dict)
     layer: int = 0
 
+    def method(self, options: Mapping[str, Any]) -> vsparse.methods.Method:
+        """The method with options."""
+        return vsparse.list_methods()[self.key](**options)
+
     def driven(self, options: Mapping[str, Any], grid: vsparse.Grid, lengths: Tensor | None = None) -> Driven:
         """A site in float64."""
-        method = vsparse.list_methods()[self.key](**options)
-        one = Driven(method, grid, lengths, layer=self.layer, layers=3)
+        one = Driven(self.method(options), grid, lengths, layer=self.layer, layers=3)
         one.module.double()
         return one
 
@@ -191,6 +194,22 @@ def test_what_stands_in_padded_text_changes_nothing(row: Row, grid: vsparse.Grid
         dirty = [torch.where(valid[..., None, None], x, junk) for x in inputs]
         found = run(row.driven(row.least, grid, lengths(grid)), *dirty)
         assert torch.equal(found[valid], clean[valid])
+
+
+@METHODS
+def test_autocast_changes_no_map(row: Row) -> None:
+    """Scores, centroids and predictions are computed as precisely as without: near ties would fall otherwise."""
+    grid = vsparse.Grid(t=4, h=9, w=14, text_after=10)
+    inputs = tensors(grid, batch=2)
+    hidden = torch.randn(2, grid.video, HEADS * DIM, generator=torch.Generator().manual_seed(1))
+    masks = []
+    for enabled in (False, True):
+        one = Driven(row.method(row.least), grid, LENGTHS, layer=row.layer, layers=3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            for phase in ("search", "reuse") if row.key == "adaspa" else ("search",):
+                one(*inputs, hidden, phase=phase)
+        masks.append([blocks.validate().to_mask() for blocks in one.maps])
+    assert all(map(torch.equal, *masks))
 
 
 @METHODS

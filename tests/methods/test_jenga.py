@@ -19,6 +19,7 @@ from vsparse.methods.jenga import Jenga
 VIDEO = vsparse.Grid(t=5, h=5, w=7)
 TEXT = vsparse.Grid(t=5, h=5, w=7, text_after=10)
 BEFORE = vsparse.Grid(t=5, h=5, w=7, text_before=10)
+CONDITION = vsparse.Grid(t=5, h=3, w=4, condition_frames=2)
 GRIDS = pytest.mark.parametrize("grid", [VIDEO, TEXT, BEFORE], ids=["video", "text", "text before"])
 LENGTHS = torch.tensor([7, 2], dtype=torch.int32)
 KINDS = {
@@ -87,23 +88,19 @@ def test_selection_by_hand(grid: vsparse.Grid, method: Jenga) -> None:
     assert torch.equal(one.keep(), wanted & valid[:, None, None] & valid[:, None, :, None])
 
 
-@GRIDS
+@pytest.mark.parametrize("grid", [VIDEO, TEXT, BEFORE, CONDITION], ids=["video", "text", "text before", "condition"])
 @pytest.mark.parametrize("block", [3, 8, 100])
-def test_touching_blocks_are_the_block_form_of_the_pattern(grid: vsparse.Grid, block: int) -> None:
+def test_touching_blocks_by_hand(grid: vsparse.Grid, block: int) -> None:
+    """Along the curve, and of frames that have a curve of their own."""
     method = Jenga(block=block)
     one = driven(method, grid)
-    static = method.static_map(one.layout, one.site).validate()
-    by_pattern = method.static_pattern(one.site).block_map(one.layout)
-    assert torch.equal(static.to_mask(), by_pattern.to_mask())
-    assert static.capacity == by_pattern.capacity
-
-
-def test_condition_frames_touch_the_video() -> None:
-    grid = vsparse.Grid(t=5, h=3, w=4, condition_frames=2)
-    method = Jenga(block=5)
-    one = driven(method, grid)
-    by_pattern = method.static_pattern(one.site).block_map(one.layout)
-    assert torch.equal(method.static_map(one.layout, one.site).to_mask(), by_pattern.to_mask())
+    blocks = members(one)
+    keep = method.static_map(one.layout, one.site).validate().to_mask()[0, 0]  # type: ignore[union-attr]
+    near = [[touch(a, b, grid) for b in blocks.values()] for a in blocks.values()]
+    assert keep[list(blocks)][:, list(blocks)].tolist() == near
+    text = torch.ones(one.layout.blocks, dtype=torch.bool)
+    text[list(blocks)] = False
+    assert bool(keep[text].all() and keep[:, text].all())
 
 
 @GRIDS
@@ -150,16 +147,18 @@ def test_everything_is_full_attention(grid: vsparse.Grid, options: dict[str, Any
 
 @GRIDS
 @METHODS
-@pytest.mark.parametrize("scale", [0.0, 0.1, 2.0, 16.0])
+@pytest.mark.parametrize("scale", [0.0, 1e-9, 0.1, 2.0, 16.0])
 def test_no_row_outgrows_the_prediction(grid: vsparse.Grid, method: Jenga, scale: float) -> None:
-    """Flat scores need most blocks, and stay within the capacity and the predicted density."""
+    """Flat scores need most blocks, and stay within the capacity and the predicted density.
+
+    At 1e-9 the logits differ and their softmax does not: both budgets must go by one ranking.
+    """
     one = driven(method, grid)
     one(*(x.double() for x in tensors(grid, batch=2, scale=scale)))
     density = one.maps[0].validate().density()
     predicted = method.predicted_density(one.layout, one.site)
     assert 0 < predicted < 1
-    if not grid.text:
-        assert float(density.max()) <= predicted + 0.05
+    assert float(density.max()) <= predicted
 
 
 # ---- faults of the released code -----------------------------------------------------------------------------------

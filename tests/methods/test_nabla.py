@@ -107,14 +107,15 @@ def test_the_whole_mass_is_full_attention(grid: vsparse.Grid) -> None:
     law(found, lambda dtype: attention(q.to(dtype), k.to(dtype), v.to(dtype), keep.expand(-1, HEADS, -1, -1)))
 
 
+@GRIDS
 @METHODS
-@pytest.mark.parametrize("scale", [0.0, 0.1, 2.0, 16.0])
-def test_no_row_outgrows_the_prediction(method: NABLA, scale: float) -> None:
+@pytest.mark.parametrize("scale", [0.0, 1e-9, 0.1, 2.0, 16.0])
+def test_no_row_outgrows_the_prediction(grid: vsparse.Grid, method: NABLA, scale: float) -> None:
     """Flat scores need most tiles, and stay within the capacity and the predicted density."""
-    q, k, v = tensors(VIDEO, batch=2, scale=scale)
-    one = Driven(method, VIDEO)
+    q, k, v = tensors(grid, batch=2, scale=scale)
+    one = Driven(method, grid, LENGTHS if grid.text else None)
     one(q, k, v)
-    assert float(one.maps[0].validate().density().max()) <= method.predicted_density(one.layout, one.site) + 0.05
+    assert float(one.maps[0].validate().density().max()) <= method.predicted_density(one.layout, one.site)
     assert 0 < method.predicted_density(one.layout, one.site) < 1
 
 

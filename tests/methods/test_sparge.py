@@ -155,7 +155,7 @@ def test_the_whole_density_is_full_attention(grid: vsparse.Grid) -> None:
 
 @GRIDS
 @METHODS
-@pytest.mark.parametrize("scale", [0.0, 0.1, 2.0, 16.0])
+@pytest.mark.parametrize("scale", [0.0, 1e-9, 0.1, 2.0, 16.0])
 def test_no_row_outgrows_its_list(grid: vsparse.Grid, method: SpargeAttn, scale: float) -> None:
     """Flat and sharp scores; where every block is trusted, the prediction is an upper bound, too."""
     one = driven(method, grid)
@@ -163,8 +163,8 @@ def test_no_row_outgrows_its_list(grid: vsparse.Grid, method: SpargeAttn, scale:
     density = one.maps[0].validate().density()
     predicted = method.predicted_density(one.layout, one.site)
     assert 0 < predicted < 1
-    if not method.guarded and not grid.text:
-        assert float(density.mean()) <= predicted + 0.05
+    if not method.guarded:
+        assert float(density.mean(1).max()) <= predicted
     if not method.guarded and method.select == "density":
         assert one.maps[0].capacity < one.layout.blocks
 

@@ -222,14 +222,16 @@ def lloyd(x: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor
     return labels, means
 
 
+@pytest.mark.parametrize("half", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("iterations", [0, 1, 4])
-def test_k_means_by_hand(iterations: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_k_means_by_hand(iterations: int, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(2, 40, 3, 5, generator=generator)
     start = torch.randn(2, 3, 6, 5, generator=generator)
     start[:, :, 4] = 99.0  # nothing comes near it
     monkeypatch.setattr("vsparse.ops.cluster._PART", 2 * 3 * 6 * 7)  # seven tokens at once
-    labels, means = ops.cluster_tokens(x, start, iterations=iterations)
+    with torch.autocast("cpu", enabled=half):
+        labels, means = ops.cluster_tokens(x, start, iterations=iterations)
     for b, h in itertools.product(range(2), range(3)):
         working, truth = (lloyd(x[b, :, h].to(t), start[b, h].to(t), iterations) for t in (x.dtype, torch.float64))
         assert torch.equal(labels[b, h], truth[0])

@@ -159,7 +159,7 @@ def test_the_whole_mass_is_full_attention(grid: vsparse.Grid) -> None:
 
 @GRIDS
 @METHODS
-@pytest.mark.parametrize("scale", [0.0, 0.1, 2.0, 16.0])
+@pytest.mark.parametrize("scale", [0.0, 1e-9, 0.1, 2.0, 16.0])
 def test_no_row_outgrows_the_prediction(grid: vsparse.Grid, method: XAttention, scale: float) -> None:
     """Flat scores need most blocks, and stay within the capacity and the predicted density."""
     one = Driven(method, grid, LENGTHS if grid.text else None)
@@ -167,8 +167,7 @@ def test_no_row_outgrows_the_prediction(grid: vsparse.Grid, method: XAttention, 
     density = one.maps[0].validate().density()
     predicted = method.predicted_density(one.layout, one.site)
     assert 0 < predicted < 1
-    if not grid.text:
-        assert float(density.max()) <= predicted + 0.05
+    assert float(density.max()) <= predicted
 
 
 # ---- faults of the released code -----------------------------------------------------------------------------------

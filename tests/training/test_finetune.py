@@ -159,6 +159,20 @@ def test_a_ramp_ends_at_the_target(ground: Path, tmp_path: Path) -> None:
     assert densities == [1.0, 1.0, 0.75, 0.5]
 
 
+def test_all_losses_together(ground: Path, tmp_path: Path) -> None:
+    """Data, velocity and attention from the present weights, consistency from those of the start."""
+    words = "velocity = 0.5\nattention = 0.5\nconsistency = 0.25\nsegments = 2\nteacher_steps = 4\nguidance = 3.0"
+    ear = Ear()
+    with pytest.raises(ValueError, match="give copy='device' or copy='cpu'"):
+        finetune(settings(ground, tmp_path / "run", distill=words))
+    finetune(settings(ground, tmp_path / "run", distill=f'{words}\nkeep_start = "cpu"'), told=ear)
+    for row in ear.figures:
+        parts = row["data"] + 0.5 * row["velocity"] + 0.5 * row["attention"] + 0.25 * row["consistency"]
+        # Three products and three sums in float32, each rounded by half a unit at most.
+        assert abs(row["loss"] - parts) <= 3 * torch.finfo(torch.float32).eps * parts
+        assert all(row[name] > 0 for name in ("velocity", "attention", "consistency"))
+
+
 def test_streaming_trains_without_a_cache(ground: Path, tmp_path: Path) -> None:
     data = f'source = "{ground / "videos"}"\nbatch = 2\nworkers = 0\nstreaming = true'
     finetune(settings(ground, tmp_path / "run", data=data))
@@ -257,3 +271,13 @@ def test_yaml_says_the_same(ground: Path, tmp_path: Path) -> None:
         read(ground / "videos" / "0.txt")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read(tmp_path / "none.toml")
+
+
+def test_the_settings_of_the_tutorial_are_read(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "finetune.md").read_text()
+    (found,) = re.findall(r"cat > run\.toml <<'END'\n(.*?)\nEND\n", text, re.DOTALL)
+    path = tmp_path / "run.toml"
+    path.write_text(found)
+    run = read(path)
+    assert run.method.options["density"] == 0.25
+    assert run.data.buckets[0].frames == 9

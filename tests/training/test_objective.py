@@ -375,3 +375,17 @@ def test_options_that_are_refused() -> None:
     for table in ([], [0.5, 0.7], [1.0, 0.5], [0.5, -0.1], [[0.5]]):
         with pytest.raises(ValueError, match="alphas_cumprod must fall"):
             VPrediction(alphas_cumprod=torch.tensor(table))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_times_are_found_again_from_their_share_of_the_steps(kind: str) -> None:
+    """Shares rise with the times, from 0 for the clean sample to 1 for noise."""
+    objective = KINDS[kind]()
+    times = objective.sample(64, generator=seeded(2)).sort().values
+    share = objective.share(times)
+    assert bool((share.diff() >= 0).all())
+    assert objective.share(objective.at(torch.tensor([0.0, 1.0], dtype=torch.float64))).tolist() == [0.0, 1.0]
+    if times.is_floating_point():
+        assert torch.equal(objective.at(share).float(), times.float())
+    else:
+        assert torch.equal(objective.at(share), times)

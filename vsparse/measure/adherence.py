@@ -65,6 +65,11 @@ class Adherence:
         """Whether colour, shape, direction and background are all as the scene says; coherence is another matter."""
         return self.color and self.shape and self.direction and self.background
 
+    @property
+    def right(self) -> int:
+        """How many of the five properties hold."""
+        return sum(getattr(self, name) for name in PROPERTIES)
+
 
 def adherence(frames: Tensor, scene: Scene) -> Adherence:
     """Measure a clip against the scene of its prompt.

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vsparse.measure.adherence import Adherence, adherence
 from vsparse.measure.embedded import Clip
 from vsparse.measure.pipelines import generate
 from vsparse.measure.quality import Quality, compare
+from vsparse.measure.shapes import Scene, parse
 from vsparse.measure.sheet import SheetRow, contact_sheet
 from vsparse.measure.video import check_folder, write_video
 from vsparse.methods import get_method, list_methods
@@ -28,7 +30,7 @@ from vsparse.patch import apply
 __all__ = ["FLOORS", "Run", "Trial", "environment", "run_demo", "trials"]
 
 FPS = 6
-ENLARGE = 4
+ENLARGE = 3
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,10 @@ _TRIALS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
 
 @dc.dataclass(frozen=True, kw_only=True, eq=False)
 class Run:
-    """What came of one trial; the first run of a demo is the dense reference, which has no statistics."""
+    """What came of one trial; the first run of a demo is the dense reference, which has no statistics.
+
+    ``shows``: what a program sees in the clip, where the prompt is one that it can judge.
+    """
 
     name: str
     method: str
@@ -78,6 +83,7 @@ class Run:
     stats: Mapping[str, Any] | None = None
     quality: Quality | None = None
     video: Path | None = None
+    shows: Adherence | None = None
 
     @property
     def density(self) -> float:
@@ -121,7 +127,7 @@ def run_demo(
     Returns:
         The runs, dense first.
     """
-    folder = check_folder(out)
+    folder, scene = check_folder(out), _scene(prompt)
 
     def once(steps: int, progress: Callable[[], None] | None) -> tuple[Tensor, float]:
         start = time.perf_counter()
@@ -152,7 +158,8 @@ def run_demo(
     began("writing")
     for i, run in enumerate(runs):
         video = write_video(folder / _file(run), run.frames, fps=FPS, enlarge=ENLARGE)
-        runs[i] = dc.replace(run, video=video)
+        shows = None if scene is None else adherence(run.frames, scene)
+        runs[i] = dc.replace(run, video=video, shows=shows)
     rows = [SheetRow(name=run.name, facts=facts(run, clip), frames=run.frames) for run in runs]
     title = f"\u201c{prompt}\u201d, seed {seed}: dense and sparse"
     contact_sheet(folder / "sheet.png", rows, title=title, note=_note(clip), columns=5)
@@ -163,14 +170,30 @@ def run_demo(
 def facts(run: Run, clip: Clip) -> list[str]:
     """Lines about a run for its row of the contact sheet."""
     seconds = f"{run.seconds:.1f} s"
+    seen = [] if run.shows is None else [f"seen: {in_words(run.shows)}"]
     if run.quality is None:
-        return ["the stock pipeline", seconds]
+        return ["the stock pipeline", seconds, *seen]
     lines = [f"density {run.density:.3f}, {_dense_steps(run, clip)}", seconds]
     same = "equal to the bit"
     lines.append(same if run.quality.identical else f"PSNR {run.quality.psnr:.1f} dB, SSIM {run.quality.ssim:.3f}")
+    lines += seen
     told = [f"{name}={value}" for name, value in run.options.items() if f"{name}={value}" not in run.name]
     trained = ["a trained method, untrained here"] if get_method(run.method).paper.trained else []
     return [*lines, *textwrap.wrap(", ".join(told), 40), *(trained if run.density < 1 else [])]
+
+
+def in_words(shows: Adherence) -> str:
+    """What a program sees in a clip, e.g. "red circle, right, dark, steady"."""
+    color, shape, direction, background = shows.seen
+    return f"{color} {shape}, {direction}, {background}, {'steady' if shows.coherent else 'unsteady'}"
+
+
+def _scene(prompt: str) -> Scene | None:
+    """The scene of a prompt that the embedded model was trained on; None for other sentences."""
+    try:
+        return parse(prompt)
+    except ValueError:
+        return None
 
 
 def _dense_steps(run: Run, clip: Clip) -> str:
@@ -189,8 +212,8 @@ def _note(clip: Clip) -> str:
     return (
         f"{clip.frames} frames of {clip.width} \u00d7 {clip.height} pixels, {clip.steps} denoising steps. Density is "
         "the executed share of query-key token pairs, dense steps included. PSNR and SSIM are against the first row: "
-        "how much the video changed, not whether it got worse. Times are of this tiny model and say nothing about a "
-        "large one."
+        "how much the video changed, not whether it got worse; seen is what a program measures in the clip. Times are "
+        "of this tiny model and say nothing about a large one."
     )
 
 
@@ -231,6 +254,7 @@ def _write_report(path: Path, pipe: Any, clip: Clip, prompt: str, seed: int, run
             "options": dict(run.options),
             "seconds": round(run.seconds, 3),
             "quality": None if run.quality is None else run.quality.as_json(),
+            "shows": None if run.shows is None else dc.asdict(run.shows),
             "stats": run.stats,
             "video": run.video.name if run.video is not None else None,
         }

@@ -28,6 +28,8 @@ _PACKAGES: dict[str, str | None] = {
     "accelerate": "diffusers",
     "safetensors": "diffusers",
     "peft": "lora",
+    "decord": "train",
+    "tensorboard": "train",
     "matplotlib": "cli",
     "imageio": "cli",
     "torchmetrics": "cli",

@@ -84,9 +84,7 @@ def _layout(
         return TileLayout(grid, tile=(t, h, w), block=block), f"tiles of {t} \u00d7 {h} \u00d7 {w} tokens"
     if kind == "raster":
         return RasterLayout(grid, block=block or 64), f"blocks of {block or 64} tokens in raster order"
-    site = Site(
-        root="drawing", name="drawing", layer=layer, layers=layer + 1, dim=128, heads=2, head_dim=64, host="drawing"
-    )
+    site = Site.alone(heads=2, head_dim=64, layer=layer)
     return method.layout(grid, site), f"layout of {_words(method)}"
 
 

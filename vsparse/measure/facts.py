@@ -8,6 +8,7 @@ import re
 
 from vsparse.methods import Method
 from vsparse.methods.published import MODELS, Setting, published
+from vsparse.schedule import Schedule
 
 __all__ = ["LETTERS", "Facts", "facts", "setting_words"]
 
@@ -58,7 +59,7 @@ def facts(key: str, method: type[Method]) -> Facts:
         link=f"https://arxiv.org/abs/{paper.arxiv}" if paper.arxiv else "",
         use="trained" if paper.trained else "training-free",
         options={f.name: repr(f.default) for f in dc.fields(method)},
-        schedule=_changed(method.default_schedule) or "sparse in every layer and step",
+        schedule=_changed(method.default_schedule) or _unchanged(method.default_schedule),
         needs=", ".join(sorted(method.requires)) or "nothing",
         cost=_cost(method),
         advice=method.advice,
@@ -83,6 +84,10 @@ def _changed(value: object) -> str:
     """The fields of a dataclass that differ from their defaults."""
     fields = {f.name: getattr(value, f.name) for f in dc.fields(value) if getattr(value, f.name) != f.default}  # type: ignore[arg-type]
     return ", ".join(f"{name}={given!r}" for name, given in fields.items())
+
+
+def _unchanged(schedule: Schedule) -> str:
+    return "sparse in every layer and step" if schedule == Schedule() else str(schedule)
 
 
 def _parts(text: str) -> tuple[str, str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses as dc
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,15 +68,17 @@ def schedule(chosen: Method, dense_steps: float | None, dense_layers: int | None
         ValueError: ``search_at`` is not numbers and commas, or the schedule contradicts itself.
     """
     published = chosen.default_schedule
+    if dense_steps is None and dense_layers is None and search_at is None:
+        return published
     searches = published.search_at
     if search_at is not None:
         try:
             searches = tuple(float(share) for share in search_at.split(","))
         except ValueError as error:
             raise ValueError(f"--search-at must be shares such as 0.2,0.6; got {search_at!r}") from error
-    return dc.replace(
-        published,
+    return Schedule(
         dense_steps=published.dense_steps if dense_steps is None else dense_steps,
         dense_layers=published.dense_layers if dense_layers is None else dense_layers,
         search_at=searches,
+        ramp=published.ramp,
     )

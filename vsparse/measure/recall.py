@@ -68,16 +68,7 @@ class Kept:
 def driven(method: Method, sample: Sample, *, layer: int = 0) -> tuple[SparseAttention, Call]:
     """A site of a method without a model, and the call that a model would give it for a sample."""
     heads, width = sample.q.shape[2:]
-    site = Site(
-        root="measure",
-        name="measure",
-        layer=layer,
-        layers=layer + 1,
-        dim=heads * width,
-        heads=heads,
-        head_dim=width,
-        host="measure",
-    )
+    site = Site.alone(heads=heads, head_dim=width, layer=layer)
     layout = method.layout(sample.grid, site)
     blocking, static = layout.bind(sample.text_length), method.static_map(layout, site)
     module = method.build(site)

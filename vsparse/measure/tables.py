@@ -28,7 +28,7 @@ def _table(title: str = "", *columns: str, numbers: Sequence[str] = ()) -> Any:
 
 def demo_table(runs: Sequence[Run]) -> Any:
     """Time, density and quality of the runs of a demo."""
-    numbers = ("s", "density", "sparse", "PSNR dB", "worst", "SSIM")
+    numbers = ("s", "density", "sparse", "PSNR dB", "worst", "SSIM", "seen")
     table = _table("Same prompt, same seed", "run", *numbers, numbers=numbers)
     table.columns[0].no_wrap = True
     for run in runs:
@@ -40,11 +40,12 @@ def demo_table(runs: Sequence[Run]) -> Any:
             row += ["equal", "equal", "1.0000"]
         else:
             row += [f"{run.quality.psnr:.1f}", f"{run.quality.worst_psnr:.1f}", f"{run.quality.ssim:.4f}"]
-        table.add_row(*row)
+        table.add_row(*row, NONE if run.shows is None else f"{run.shows.right} of 5")
     table.caption = (
         "density: executed share of query-key pairs over all calls, dense steps included; sparse: of the sparse calls "
         "alone. PSNR and SSIM: against the dense run; worst: PSNR of the worst frame. floor: every pair computed, "
-        "by the host and by our kernel."
+        "by the host and by our kernel. seen: of colour, shape, direction, ground and one steady object, those that a "
+        "program finds in the clip as the prompt has them."
     )
     table.caption_justify = "left"
     return table

@@ -33,7 +33,7 @@ class FrameTiles:
         frames = k.shape[-1]
         count = min(self.count, frames)
         chosen = torch.zeros(frames, dtype=torch.bool)
-        chosen[torch.arange(count) * frames // max(1, count)] = True
+        chosen[torch.arange(count) * frames // count] = True
         return (q == k) | chosen[q] | chosen[k]
 
 
@@ -49,8 +49,8 @@ class AttentionTile(StaticMethod):
         block: Slots of a block; no block straddles two frames, whatever the frame size.
 
     Joint text is always attended and its rows are full. Differs from the paper: it gives no rule for which frames are
-    global; here they are spread evenly, the first one included. Its distillation (consistency, then attention) is not
-    part of the method; training with the patch on is.
+    global; here they are spread evenly, the first one included. The paper's three stages, with both distillations, are
+    `vsparse.training.efficient_vdit`.
     """
 
     key: ClassVar[str] = "attention_tile"

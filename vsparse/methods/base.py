@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses as dc
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vsparse.blocks import BlockMap
-from vsparse.geometry import Grid
+from vsparse.geometry import Grid, Segment, kept_blocks
 from vsparse.layouts import Blocking, Layout
 from vsparse.patterns import Pattern, block_map
 from vsparse.schedule import Phase, Schedule
@@ -25,7 +26,10 @@ __all__ = [
     "SparseAttention",
     "check_density",
     "given_hidden",
+    "greatest_density",
+    "predict_density",
     "static_maps",
+    "with_text",
     "zero_linear",
 ]
 
@@ -52,6 +56,20 @@ class Site:
     head_dim: int
     host: str
     offers: frozenset[str] = frozenset({"hidden", "time"})
+
+    @classmethod
+    def alone(cls, *, heads: int, head_dim: int, layer: int = 0) -> Site:
+        """A site of no model, the last of its layers: what methods are tried on samples with."""
+        return cls(
+            root="none",
+            name="site",
+            layer=layer,
+            layers=layer + 1,
+            dim=heads * head_dim,
+            heads=heads,
+            head_dim=head_dim,
+            host="none",
+        )
 
 
 @dc.dataclass(frozen=True, eq=False, kw_only=True)
@@ -81,6 +99,23 @@ class Call:
     def grid(self) -> Grid:
         """The lattice. One home for it: two references that are sometimes the same object cost a recompilation."""
         return self.layout.grid
+
+    def keys(self, batch: int) -> tuple[int, Tensor | None]:
+        """What full attention needs as keys, padded text left out.
+
+        Args:
+            batch: B; a single sample needs no mask, which is faster.
+
+        Returns:
+            How many tokens, n, from the first; and which of them are valid, ``[B, 1, 1, n]`` bool, None: all.
+        """
+        if self.trim is None or self.text_length is None:
+            return self.grid.tokens, None
+        size = self.trim.shape[0]
+        if batch == 1:
+            return size, None
+        last = self.grid.video + self.text_length
+        return size, (torch.arange(size, device=last.device) < last[:, None])[:, None, None]
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -113,15 +148,21 @@ class SparseAttention(nn.Module):
         self.added: frozenset[str] = frozenset()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of this site in host order: q, k, v and the result are ``[B, N, H, D]``."""
+        """Attention of this site in host order: q, k, v and the result are ``[B, N, H, D]``.
+
+        `core` runs without autocast, which would take scores, losses and centroids to half precision: q, k and v come
+        in the dtype that attention is computed in. `combine` runs under it, like the layers of the host.
+        """
         assert self.call is not None
-        fine, aux = self.core(q, k, v, self.hidden, self.call)
+        kind = q.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
+            fine, aux = self.core(q, k, v, self.hidden, self.call)
         return self.combine(fine, aux, self.hidden, self.call)
 
     def core(
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Pack, select, attend, unpack.
+        """Pack, select, attend, unpack; without autocast, so ``hidden`` may come in another dtype than q, k and v.
 
         Returns:
             ``fine [B, N, H, D]`` in host order, and tensors for `combine`.
@@ -291,12 +332,29 @@ def static_maps(sites: Sequence[SparseAttention], layout: Layout) -> dict[int, B
     return {layer: wide[kind] for layer, kind in kinds.items()}
 
 
+def with_text(grid: Grid, share: float) -> float:
+    """Executed density when ``share`` of the pairs of video tokens is computed, and every pair with text."""
+    return share + (1.0 - share) * (1.0 - grid.video**2 / grid.tokens**2)
+
+
 def predict_density(layout: Layout, density: float) -> float:
     """Executed density when ``density`` of the video blocks and all text is kept, lengths averaged."""
-    video, text = layout.grid.video, layout.grid.text
-    blocks = layout.video_tiles
-    kept = min(blocks, max(1, -int(-(density * blocks - 1e-9) // 1))) / blocks
-    return (video * (video * kept + text) + text * (video + text)) / (video + text) ** 2
+    return with_text(layout.grid, kept_blocks(density, layout.video_tiles) / layout.video_tiles)
+
+
+def greatest_density(layout: Layout, count: int, static: BlockMap | None = None) -> float:
+    """Executed density that no map exceeds whose rows choose ``count`` tiles of the video, whichever the data says.
+
+    Every row is given the largest tiles, on top of what a static map keeps of it, and all text, in full length.
+    """
+    tiles = layout.tiled
+    size = torch.where(tiles.segment == int(Segment.TEXT), 0, tiles.length[0, 0]).double()
+    free = size[None]
+    if static is not None:
+        per_tile = layout.blocks_per_tile
+        free = torch.where(static.to_mask()[0, :, ::per_tile, ::per_tile], 0, size)
+    kept = size.sum() - free.sum(-1) + free.topk(min(count, len(size))).values.sum(-1)
+    return with_text(layout.grid, float((kept * size).sum(-1).mean() / layout.grid.video**2))
 
 
 def check_density(name: str, value: float) -> None:

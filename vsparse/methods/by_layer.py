@@ -17,7 +17,17 @@ from vsparse.methods.dense import Dense
 from vsparse.patterns import Pattern
 from vsparse.schedule import Phase, Schedule
 
-__all__ = ["ByLayer"]
+__all__ = ["ByLayer", "PartSchedules"]
+
+
+class PartSchedules(Schedule):
+    """No schedule was given: every part follows its own. Unequal to any that was, ``Schedule()`` included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def __repr__(self) -> str:
+        return "those of the parts"
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -39,6 +49,7 @@ class ByLayer(Method):
         "Layers differ: early ones that want more, or a trained method on some and a pattern on others."
     )
     chooses: ClassVar[bool] = False
+    default_schedule: ClassVar[Schedule] = PartSchedules()
 
     parts: tuple[tuple[str, Method], ...] = ()
 
@@ -65,7 +76,7 @@ class ByLayer(Method):
         return self._part(site.layer)
 
     def _schedule(self, part: Method, schedule: Schedule) -> Schedule:
-        own = schedule == self.default_schedule or part.default_schedule.dense_steps >= 1.0
+        own = isinstance(schedule, PartSchedules) or part.default_schedule.dense_steps >= 1.0
         return part.default_schedule if own else schedule
 
     def needs_steps(self, schedule: Schedule) -> bool:

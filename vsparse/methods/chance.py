@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["integers", "salt"]
+__all__ = ["integers", "salt", "spread"]
 
 # Odd numbers with evenly spread bits, one for each thing that is counted.
 _ROW, _STEP, _LAYER, _SEED = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0x8CB92BA72F3D8DD7, 0xA24BAED4963EE407
@@ -32,3 +32,14 @@ def integers(count: int, *, salt: Tensor, step: Tensor) -> Tensor:
     for shift, factor in ((30, _FIRST), (27, _SECOND)):
         x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * _signed(factor)
     return (x >> 33) & (2**31 - 1)
+
+
+def spread(count: int, total: int, *, salt: Tensor, step: Tensor) -> Tensor:
+    """``[min(count, total)]`` int64, ascending: one of ``range(total)`` from each of as many equal parts.
+
+    Args:
+        salt, step: As in `integers`.
+    """
+    count = min(count, total)
+    edge = torch.arange(count + 1, device=salt.device) * total // count
+    return edge[:-1] + integers(count, salt=salt, step=step) % (edge[1:] - edge[:-1])

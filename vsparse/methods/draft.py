@@ -12,7 +12,7 @@ from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Blocking, Layout, TileLayout
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, with_text
 from vsparse.schedule import Phase
 
 __all__ = ["DraftAttention", "LowResolutionAttention"]
@@ -60,9 +60,8 @@ class DraftAttention(Method):
 
     def predicted_density(self, layout: Layout, site: Site) -> float:
         """Share of the pairs of cells, forced text included; up to one cell per row may come on top of it."""
-        video, text, cells = layout.grid.video, layout.grid.text, layout.video_tiles
-        kept = kept_blocks(self.density, cells**2) / cells**2
-        return (video**2 * kept + text * (2 * video + text)) / (video + text) ** 2
+        pairs = layout.video_tiles**2
+        return with_text(layout.grid, kept_blocks(self.density, pairs) / pairs)
 
     def search_flops(self, layout: Layout, site: Site, batch: int, phase: Phase) -> float:
         """Pooling and the pooled scores."""
@@ -92,7 +91,8 @@ class LowResolutionAttention(SparseAttention):
     def _choose(self, q: Tensor, k: Tensor, blocking: Blocking, density: Tensor) -> BlockMap:
         """Best pairs of cells of each head, as a map over blocks."""
         cells = blocking.tiles()
-        pooled = torch.einsum("bqhd,bkhd->bhqk", _mean(q, cells), _mean(k, cells)) * q.shape[-1] ** -0.5
+        q_mean, k_mean = (ops.block_pool(x, cells) for x in (q, k))
+        pooled = torch.einsum("bqhd,bkhd->bhqk", q_mean, k_mean) * q.shape[-1] ** -0.5
         text = cells.text
         share = (pooled if text is None else torch.where(text, -torch.inf, pooled)).softmax(-1)
         # Text is on top of the budget, which is a share of the pairs of video cells.
@@ -100,9 +100,3 @@ class LowResolutionAttention(SparseAttention):
         budget = density * (video / cells.blocks) ** 2
         chosen = select.head_global(share, cells, density=budget, least=1, forced=select.forced_text(cells))
         return select.expand_tiles(chosen, blocking)
-
-
-def _mean(x: Tensor, cells: Blocking) -> Tensor:
-    pooled = ops.block_pool(x, cells)
-    assert isinstance(pooled, Tensor)
-    return pooled

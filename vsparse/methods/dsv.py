@@ -166,14 +166,16 @@ class DSVAttention(SparseAttention):
             video = slice(grid.text_before, grid.text_before + grid.video)
             self._learn(q.detach()[:, video], k.detach()[:, video], hidden.detach(), call, progress)
         with torch.no_grad():
-            blocks = self._choose(self._low(hidden), call, progress)
+            blocks = self._choose(self._low(hidden, q.dtype), call, progress)
         self.tally(blocks, q.shape[0])
         out, _ = ops.block_sparse_attention(blocking.pack(q), blocking.pack(k), blocking.pack(v), blocks)
         return blocking.unpack(out), ()
 
-    def _low(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _low(self, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Predicted queries and keys, ``[B, video, H, rank]`` float32 (float64 for a float64 host)."""
-        low = self.predictor(hidden.to(self.predictor.weight.dtype))
+        stored = self.predictor.weight.dtype
+        # Layerwise casting stores weights in float8 and computes with them in the dtype that q comes in.
+        low = self.predictor(hidden.to(dtype if stored.itemsize == 1 else stored))
         low = low if low.dtype == torch.float64 else low.float()
         q, k = low.unflatten(-1, (2, self.site.heads, self.method.rank)).unbind(2)
         return q, k
@@ -191,7 +193,7 @@ class DSVAttention(SparseAttention):
         if method.granularity == "token":
             keys, side, candidates = k_low, blocking.rows(), grid.video
         else:
-            keys, side, candidates = _mean(k_low, tiles), tiles, video
+            keys, side, candidates = ops.block_pool(k_low, tiles), tiles, video
         scores = torch.einsum("bqhd,bkhd->bhqk", proxy, keys)
         share, full = self._budget(call.density, progress)
         forced = full[None, :, None, None]
@@ -229,22 +231,19 @@ class DSVAttention(SparseAttention):
 
     def _learn(self, q: Tensor, k: Tensor, hidden: Tensor, call: Call, progress: Tensor) -> None:
         """Loss of the predictor on sampled queries, and the averages after this call."""
-        method, grid = self.method, call.grid
-        count = min(method.rows, grid.video)
-        edge = torch.arange(count + 1, device=q.device) * grid.video // count
-        drawn = chance.integers(count, salt=self.salt, step=progress[0].long())
-        token = edge[:-1] + drawn % (edge[1:] - edge[:-1])
+        method = self.method
+        token = chance.spread(method.rows, call.grid.video, salt=self.salt, step=progress[0].long())
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         with torch.no_grad():
             true = torch.einsum("brhd,bkhd->bhrk", q.index_select(1, token).to(wide), k.to(wide))
         with torch.enable_grad():
-            q_low, k_low = self._low(hidden)
+            q_low, k_low = self._low(hidden, q.dtype)
             guess = torch.einsum("brhd,bkhd->bhrk", q_low.index_select(1, token), k_low)
             loss = _loss(guess, true, method.cosine)
         with torch.no_grad():
             share = _critical(true * q.shape[-1] ** -0.5, call.blocking, method.mass)
             fresh = torch.cat((loss.detach()[None], share)).double()
-            keep = torch.where(progress[0] == 0, 0.0, method.momentum)
+            keep = (progress[0] > 0).double() * method.momentum
             averages = keep * progress[1:] + (1.0 - keep) * fresh
             self.state.stage("progress", torch.cat((progress[:1] + 1, averages)).view(torch.int64))
         self.state.hand_out("loss", loss)
@@ -269,9 +268,3 @@ def _critical(logits: Tensor, blocking: Blocking, mass: float) -> Tensor:
     ranked = by_tile.sort(dim=1, descending=True).values
     count: Tensor = (ranked.cumsum(1) - ranked < mass).sum(1)
     return count.to(logits.dtype).mean((0, 2)) / layout.video_tiles
-
-
-def _mean(x: Tensor, tiles: Blocking) -> Tensor:
-    pooled = ops.block_pool(x, tiles)
-    assert isinstance(pooled, Tensor)
-    return pooled

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses as dc
-import functools
-import itertools
 import math
-from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Blocking, CurveLayout, Layout
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, greatest_density
 from vsparse.patterns import Offset, Pattern
 from vsparse.schedule import Phase, Schedule
 
@@ -78,18 +73,14 @@ class Jenga(Method):
         """Positions at most one apart along every axis."""
         return Offset(low=(-1, -1, -1), high=(1, 1, 1))
 
-    def static_map(self, layout: Layout, site: Site) -> BlockMap:
-        """The block form of `static_pattern`, from the faces of the lattice: the pieces of a curve have no box."""
-        device = layout.length.device
-        with _plain():
-            keep, capacity = _touching(layout.grid, layout.block)
-            return BlockMap.from_mask(keep.to(device), layout.bind(), capacity=capacity)
-
     def predicted_density(self, layout: Layout, site: Site) -> float:
         """An upper bound, as the map depends on the data: the larger share of the blocks, and what touches."""
-        chosen = kept_blocks(max(self.density, self.mass), layout.video_tiles) / layout.video_tiles
-        touching = float(self.static_map(layout, site).density())
-        return min(1.0, touching + chosen * (1.0 - touching))
+        return greatest_density(layout, self.most_chosen(self.density, layout), self.static_map(layout, site))
+
+    def most_chosen(self, density: float, layout: Layout) -> int:
+        """Blocks that a row chooses at most, touching ones aside."""
+        video = layout.video_tiles
+        return max(kept_blocks(density, video), select.top_p_capacity(self.mass, video))
 
     def search_flops(self, layout: Layout, site: Site, batch: int, phase: Phase) -> float:
         """Pooling and the pooled scores."""
@@ -120,22 +111,27 @@ class JengaAttention(SparseAttention):
     def _choose(self, q: Tensor, k: Tensor, blocking: Blocking, call: Call) -> BlockMap:
         method, static = self.method, call.static
         assert static is not None
-        pooled = torch.einsum("bqhd,bkhd->bhqk", _mean(q, blocking), _mean(k, blocking)) * q.shape[-1] ** -0.5
+        q_mean, k_mean = (ops.block_pool(x, blocking) for x in (q, k))
+        pooled = torch.einsum("bqhd,bkhd->bhqk", q_mean, k_mean) * q.shape[-1] ** -0.5
         text = blocking.text
         pooled = pooled if text is None else torch.where(text, -torch.inf, pooled)
         video = call.layout.video_tiles
-        most = kept_blocks(self.peak_density, video)
-        # Counted before the softmax, where far blocks may underflow to the 0 of text.
-        best = select.top_k(pooled, blocking, count=select.budget(call.density, video), capacity=most)
-        chosen = select.top_p(
+        # Blocks are ranked once, by the logits: a softmax rounds small differences away, so that its best are others,
+        # and takes far blocks to the 0 of text. It says only how many of the best hold the mass.
+        needed = select.top_p(
             pooled.softmax(-1),
             blocking,
             mass=method.mass,
             include_crossing=True,
-            forced=best.to_mask() | static.to_mask(),
+            capacity=select.top_p_capacity(method.mass, video),
+        ).count
+        chosen = select.top_k(
+            pooled,
+            blocking,
+            count=select.budget(call.density, video).maximum(needed),
+            forced=static.to_mask(),
             forced_budget="join",
-            # Both are the best of one ranking; n of K blocks hold at least n / K of the mass, one more covers rounding.
-            capacity=max(most, kept_blocks(method.mass, video) + 1) + static.capacity,
+            capacity=method.most_chosen(self.peak_density, call.layout) + static.capacity,
         )
         if method.text_bias == 0.0:
             return chosen
@@ -143,40 +139,3 @@ class JengaAttention(SparseAttention):
             raise ValueError(f"jenga: text_bias={method.text_bias} for {self.site.name}, whose sequence holds no text")
         bias = torch.where(text, method.text_bias, 0.0).float()
         return dc.replace(chosen, key_bias=bias[None, None])
-
-
-def _mean(x: Tensor, blocking: Blocking) -> Tensor:
-    pooled = ops.block_pool(x, blocking)
-    assert isinstance(pooled, Tensor)
-    return pooled
-
-
-@contextlib.contextmanager
-def _plain() -> Iterator[None]:
-    """Real tensors, whatever mode the caller is in: they outlive it."""
-    with torch.inference_mode(False), _disable_current_modes(), torch.device("cpu"):
-        yield
-
-
-@functools.lru_cache(maxsize=64)
-def _touching(grid: Grid, block: int) -> tuple[Tensor, int]:
-    """Pairs of blocks with positions at most one apart along every axis, or text, and the longest row but full ones.
-
-    Returns:
-        ``[1, 1, K, K]`` bool on the CPU, and a number.
-    """
-    layout = CurveLayout(grid, block=block)
-    first = grid.text_before
-    owner = layout.token_block[0, 0, first : first + grid.video].view(grid.t, grid.h, grid.w)
-    keep = torch.zeros(layout.blocks, layout.blocks, dtype=torch.bool)
-    for step in itertools.product((-1, 0, 1), repeat=3):
-        here, there = owner, owner
-        for axis, (shift, size) in enumerate(zip(step, owner.shape, strict=True)):
-            here = here.narrow(axis, max(0, -shift), size - abs(shift))
-            there = there.narrow(axis, max(0, shift), size - abs(shift))
-        keep[here.flatten(), there.flatten()] = True
-    text = layout.bind().text
-    if text is not None:
-        keep = keep | text | text[:, None]
-    count = keep.sum(-1)
-    return keep[None, None], int(torch.where(count < len(keep), count, 0).max())

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from vsparse import ops, select
 from vsparse.blocks import BlockMap
-from vsparse.geometry import Grid, kept_blocks
+from vsparse.geometry import Grid
 from vsparse.layouts import Blocking, Layout, TileLayout
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, greatest_density
 from vsparse.patterns import Offset, Pattern, nothing
 from vsparse.schedule import Phase
 
@@ -71,12 +71,10 @@ class NABLA(Method):
         return Offset(low=(-t, -h, -w), high=(t, h, w), unit=self.tile)
 
     def predicted_density(self, layout: Layout, site: Site) -> float:
-        """An upper bound, as the map depends on the data: no more than ``mass`` of the tiles, and the window."""
-        static = self.static_map(layout, site)
-        assert static is not None
-        chosen = kept_blocks(self.mass, layout.video_tiles) / layout.video_tiles
-        window = float(static.density())
-        return min(1.0, window + chosen * (1.0 - window))
+        """An upper bound, as the map depends on the data: as many tiles as hold ``mass`` at most, and the window."""
+        return greatest_density(
+            layout, select.top_p_capacity(self.mass, layout.video_tiles), self.static_map(layout, site)
+        )
 
     def search_flops(self, layout: Layout, site: Site, batch: int, phase: Phase) -> float:
         """Pooling and the pooled scores."""
@@ -108,7 +106,8 @@ class NablaAttention(SparseAttention):
         """Top-p over tiles, joined with the static map, as a map over blocks."""
         tiles, mass = blocking.tiles(), self.method.mass
         per_tile = blocking.blocks // tiles.blocks
-        pooled = torch.einsum("bqhd,bkhd->bhqk", _mean(q, tiles), _mean(k, tiles)) * q.shape[-1] ** -0.5
+        q_mean, k_mean = (ops.block_pool(x, tiles) for x in (q, k))
+        pooled = torch.einsum("bqhd,bkhd->bhqk", q_mean, k_mean) * q.shape[-1] ** -0.5
         text = tiles.text
         share = (pooled if text is None else torch.where(text, -torch.inf, pooled)).softmax(-1)
         video = blocking.layout.video_tiles  # type: ignore[union-attr]
@@ -119,13 +118,6 @@ class NablaAttention(SparseAttention):
             include_crossing=True,
             forced=static.to_mask()[..., ::per_tile, ::per_tile],
             forced_budget="join",
-            # The best n of K tiles hold at least n / K of the mass; one more covers rounding.
-            capacity=kept_blocks(mass, video) + 1 + static.capacity,
+            capacity=select.top_p_capacity(mass, video) + static.capacity,
         )
         return select.expand_tiles(chosen, blocking)
-
-
-def _mean(x: Tensor, tiles: Blocking) -> Tensor:
-    pooled = ops.block_pool(x, tiles)
-    assert isinstance(pooled, Tensor)
-    return pooled

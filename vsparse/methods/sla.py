@@ -103,7 +103,8 @@ class SLAAttention(SparseAttention):
         blocking, grid = call.blocking, call.grid
         video = slice(grid.text_before, grid.text_before + grid.video)
         q_slots, k_slots, v_slots = blocking.pack(q), blocking.pack(k), blocking.pack(v)
-        scores = torch.einsum("bqhd,bkhd->bhqk", _pool(q_slots.detach(), blocking), _pool(k_slots.detach(), blocking))
+        q_mean, k_mean = (ops.block_pool(x.detach(), blocking) for x in (q_slots, k_slots))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q_mean, k_mean)
         blocks = self._critical(scores, blocking, call)
         self.tally(blocks, q.shape[0])
         out, _ = ops.block_sparse_attention(q_slots, k_slots, v_slots, blocks)
@@ -119,7 +120,7 @@ class SLAAttention(SparseAttention):
     def combine(self, fine: Tensor, aux: tuple[Tensor, ...], hidden: Tensor | None, call: Call) -> Tensor:
         """Add the projected linear branch to the video tokens."""
         grid = call.grid
-        branch = self.to_linear(aux[0].to(self.to_linear.weight.dtype)).to(fine.dtype)
+        branch = self.to_linear(aux[0].to(fine.dtype)).to(fine.dtype)
         return fine + F.pad(branch, (0, 0, 0, 0, grid.text_before, grid.text_after)) if grid.text else fine + branch
 
     def _critical(self, scores: Tensor, blocking: Blocking, call: Call) -> BlockMap:
@@ -154,14 +155,7 @@ class SLAAttention(SparseAttention):
 
 def _linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """``[B, N, H, D]``: linear attention of all tokens; 0 where the denominator is."""
-    with torch.autocast(q.device.type, enabled=False):
-        state = torch.einsum("bnhd,bnhe->bhde", k, F.pad(v.to(k.dtype), (0, 1), value=1.0))
-        parts = torch.einsum("bnhd,bhde->bnhe", q, state)
-        total = parts[..., -1:]
-        return torch.where(total > 0, parts[..., :-1] / torch.where(total > 0, total, 1), 0)
-
-
-def _pool(x: Tensor, blocking: Blocking) -> Tensor:
-    pooled = ops.block_pool(x, blocking)
-    assert isinstance(pooled, Tensor)
-    return pooled
+    state = torch.einsum("bnhd,bnhe->bhde", k, F.pad(v.to(k.dtype), (0, 1), value=1.0))
+    parts = torch.einsum("bnhd,bhde->bnhe", q, state)
+    total = parts[..., -1:]
+    return torch.where(total > 0, parts[..., :-1] / torch.where(total > 0, total, 1), 0)

@@ -14,7 +14,7 @@ from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Blocking, CurveLayout, Layout, RasterLayout
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, predict_density
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, greatest_density
 from vsparse.schedule import Phase
 
 __all__ = ["SpargeAttention", "SpargeAttn"]
@@ -120,9 +120,8 @@ class SpargeAttn(Method):
     def predicted_density(self, layout: Layout, site: Site) -> float:
         """An upper bound where every block is trusted: ``mass`` or ``density`` of the blocks, and the sink."""
         shares = _each("mass", self.mass) if self.select == "mass" else (self.density,)
-        video = layout.video_tiles
-        kept = (min(1.0, kept_blocks(share, video) / video + self.sink / video) for share in shares)
-        return sum(predict_density(layout, share) for share in kept) / len(shares)
+        counts = (kept_blocks(share, layout.video_tiles) + self.sink for share in shares)
+        return sum(greatest_density(layout, count) for count in counts) / len(shares)
 
     def search_flops(self, layout: Layout, site: Site, batch: int, phase: Phase) -> float:
         """Pooling with similarities, smoothing, and the pooled scores."""

@@ -71,7 +71,8 @@ def tune(
     tokens, a head at a time.
     """
     _check(method, error, skip_error, masses, similarities, skips)
-    site = _site(alike("tune", samples))
+    heads, head_dim = alike("tune", samples).q.shape[2:]
+    site = Site.alone(heads=heads, head_dim=head_dim)
     pairs = [(mass, least) for mass in sorted(masses) for least in sorted(similarities)]
     with torch.no_grad():
         prepared = _prepare(method, samples, site)
@@ -163,17 +164,3 @@ def _check(
             raise ValueError(f"tune: {name} must hold at least one number")
         for value in values:
             build(value)
-
-
-def _site(sample: Sample) -> Site:
-    heads, head_dim = sample.q.shape[2:]
-    return Site(
-        root="",
-        name="calibration",
-        layer=0,
-        layers=1,
-        dim=heads * head_dim,
-        heads=heads,
-        head_dim=head_dim,
-        host="none",
-    )

@@ -151,7 +151,8 @@ class SVGAttention(SparseAttention):
         """``[B, H]`` float32 for each candidate: squared error of the sampled queries against full attention."""
         layout = blocking.layout
         assert layout is not None
-        token = self._sample(layout.grid, step)
+        grid = layout.grid
+        token = grid.text_before + chance.spread(self.method.rows, grid.video, salt=self.salt, step=step)
         queries = q.index_select(1, layout.token_slot[0, 0, token])
         rows = Blocking(length=torch.ones_like(token, dtype=torch.int32)[None, None], block=1)
         block = layout.token_block[0, 0, token]
@@ -162,13 +163,6 @@ class SVGAttention(SparseAttention):
             found, _ = ops.block_sparse_attention(queries, k, v, BlockMap(index, count, rows, blocking))
             errors.append((found.float() - wanted.float()).square().sum((1, 3)))
         return errors
-
-    def _sample(self, grid: Grid, step: Tensor) -> Tensor:
-        """``[rows]`` int64: one video token from each of as many equal parts, in host order."""
-        count = min(self.method.rows, grid.video)
-        edge = torch.arange(count + 1, device=self.salt.device) * grid.video // count
-        drawn = chance.integers(count, salt=self.salt, step=step)
-        return grid.text_before + edge[:-1] + drawn % (edge[1:] - edge[:-1])
 
 
 def _apart(candidates: BlockMap) -> tuple[BlockMap, BlockMap]:

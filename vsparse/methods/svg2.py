@@ -15,7 +15,7 @@ from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Blocking, ClusterLayout, Layout, arrange
 from vsparse.methods import chance
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, greatest_density
 from vsparse.reference import statistics_dtype
 from vsparse.schedule import Phase, Schedule
 
@@ -92,11 +92,10 @@ class SVG2(Method):
         return "refresh" if found == "search" and filled and step is not None else found
 
     def predicted_density(self, layout: Layout, site: Site) -> float:
-        """An upper bound, as the map depends on the data: no more than ``mass`` of the key clusters."""
-        share = min(1.0, max(self.mass, self.least) + 1.0 / layout.video_tiles)
-        grid = layout.grid
-        video, text = grid.video, grid.text
-        return (video * (video * share + text) + text * (video + text)) / (video + text) ** 2
+        """As if clusters were equal, and as many of them kept as hold ``mass`` at most: unequal ones may hold more."""
+        clusters = layout.video_tiles
+        count = max(kept_blocks(self.least, clusters), select.top_p_capacity(self.mass, clusters))
+        return greatest_density(layout, count)
 
     def state(
         self, layout: Layout, site: Site, batch: int, dtype: torch.dtype
@@ -144,8 +143,8 @@ class SVG2Attention(SparseAttention):
         grid, method = call.grid, self.method
         video = x.detach()[:, grid.text_before : grid.text_before + grid.video]
         if self.phase == "search":
-            count = layout.video_tiles
-            first = video.index_select(1, self._first(grid, count, call.step))
+            token = chance.spread(layout.video_tiles, grid.video, salt=self.salt, step=call.step)
+            first = video.index_select(1, token)
             start, turns = first.transpose(1, 2).to(statistics_dtype(x.dtype)), method.first_iterations
         else:
             start, turns = self.state.read(name), method.iterations if self.phase == "refresh" else 0
@@ -153,11 +152,6 @@ class SVG2Attention(SparseAttention):
         if turns:
             self.state.stage(name, means)
         return arrange(layout, labels, call.text_length), means
-
-    def _first(self, grid: Grid, count: int, step: Tensor) -> Tensor:
-        """``[count]`` int64: one video token from each of as many equal parts."""
-        edge = torch.arange(count + 1, device=self.salt.device) * grid.video // count
-        return edge[:-1] + chance.integers(count, salt=self.salt, step=step) % (edge[1:] - edge[:-1])
 
     def _choose(self, q: Blocking, q_means: Tensor, k: Blocking, k_means: Tensor, grid: Grid) -> BlockMap:
         """Top-p of the size-weighted scores of the centroids, all text besides."""

@@ -228,8 +228,8 @@ class UniCPAttention(SparseAttention):
     def core(
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Give the cached output, or compute one, sliced or not; cache it."""
-        if self.phase == "output" and not self.training:
+        """Give the cached output, or compute one, sliced or not. aux: of the inner method."""
+        if self._gives_cached:
             if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
                 raise NotImplementedError(
                     f"unicp: {self.site.name} would reuse an output, which has no gradient: call model.train(), which "
@@ -238,7 +238,17 @@ class UniCPAttention(SparseAttention):
             everything = BlockMap.full(call.blocking)
             self.tally(dc.replace(everything, count=torch.zeros_like(everything.count)), q.shape[0])
             return self.state.read("output"), ()
-        out = self._computed(q, k, v, hidden, call)
+        if self.inner is not None:
+            self.inner.peak_density = self.peak_density
+            return self.inner.core(q, k, v, hidden, call)
+        self.tally(BlockMap.full(call.blocking), q.shape[0])
+        return full_attention(q, k, v, call, self.basis if self.phase == "reuse" else None), ()
+
+    def combine(self, fine: Tensor, aux: tuple[Tensor, ...], hidden: Tensor | None, call: Call) -> Tensor:
+        """Finish what the inner method has computed; cache it."""
+        if self._gives_cached:
+            return fine
+        out = fine if self.inner is None else self.inner.combine(fine, aux, hidden, call)
         if self.phase in self.method.state_phases and not self.training:
             kept = out.detach()
             far = kept.new_full((), torch.inf, dtype=torch.float32)
@@ -246,16 +256,11 @@ class UniCPAttention(SparseAttention):
                 far = relative_change(kept, self.state.read("output")).float()
             self.state.stage("output", kept)
             self.state.stage("change", far)
-        return out, ()
+        return out
 
-    def _computed(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call) -> Tensor:
-        """The output of a step that is not cached."""
-        if self.inner is not None:
-            self.inner.peak_density = self.peak_density
-            fine, aux = self.inner.core(q, k, v, hidden, call)
-            return self.inner.combine(fine, aux, hidden, call)
-        self.tally(BlockMap.full(call.blocking), q.shape[0])
-        return full_attention(q, k, v, call, self.basis if self.phase == "reuse" else None)
+    @property
+    def _gives_cached(self) -> bool:
+        return self.phase == "output" and not self.training
 
     def _inner_tally(self, blocks: BlockMap, batch: int, *more: BlockMap) -> None:
         self.tally(blocks, batch, *more)

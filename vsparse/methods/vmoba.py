@@ -133,7 +133,7 @@ class VMoBAAttention(SparseAttention):
         slot_block = layout.token_block.gather(-1, layout.slot_source)[0, 0]
         chunks = torch.arange(layout.blocks, device=q.device)
         mine = slot_block[:, None] == chunks
-        gate = torch.einsum("bshd,bkhd->bhsk", q.detach().float(), self._mean(k.detach(), blocking))
+        gate = torch.einsum("bshd,bkhd->bhsk", q.detach().float(), ops.block_pool(k.detach(), blocking).float())
         video = torch.ones_like(chunks, dtype=torch.bool) if text is None else ~text
         counted = video[slot_block][:, None] & video
         keep = self._choose(gate, mine, counted, layout)
@@ -141,12 +141,6 @@ class VMoBAAttention(SparseAttention):
         row_count = torch.where(video, 1, 0).to(torch.int32)[None, None]
         own = BlockMap(chunks.to(torch.int32)[None, None, :, None], row_count, blocking, blocking)
         return own, BlockMap.from_mask(keep, blocking.rows(), blocking, capacity=self._capacity(layout))
-
-    @staticmethod
-    def _mean(k: Tensor, blocking: Blocking) -> Tensor:
-        mean = ops.block_pool(k, blocking)
-        assert isinstance(mean, Tensor)
-        return mean.float()
 
     def _capacity(self, layout: Layout) -> int:
         method = self.method

@@ -82,7 +82,7 @@ class VideoSparseAttention(SparseAttention):
         blocking, layout = call.blocking, call.layout
         q, k, v = blocking.pack(q), blocking.pack(k), blocking.pack(v)
         tiles = blocking.tiles()
-        q_mean, k_mean, v_mean = (_mean(x, tiles) for x in (q, k, v))
+        q_mean, k_mean, v_mean = (ops.block_pool(x, tiles) for x in (q, k, v))
         scores = torch.einsum("bqhd,bkhd->bhqk", q_mean, k_mean) * q.shape[-1] ** -0.5
         text = tiles.text
         video = scores if text is None else torch.where(text, -torch.inf, scores)
@@ -110,12 +110,6 @@ class VideoSparseAttention(SparseAttention):
         coarse = call.blocking.tiles().expand(aux[0])[:, grid.text_before : grid.text_before + grid.video]
         branch = (gate * coarse).to(fine.dtype)
         return fine + F.pad(branch, (0, 0, 0, 0, grid.text_before, grid.text_after)) if grid.text else fine + branch
-
-
-def _mean(x: Tensor, tiles: object) -> Tensor:
-    pooled = ops.block_pool(x, tiles)  # type: ignore[arg-type]
-    assert isinstance(pooled, Tensor)
-    return pooled
 
 
 def density_ramp(target: float, *, interval: int = 50, rate: float = 0.03) -> Callable[[int], float]:

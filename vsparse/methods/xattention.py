@@ -11,9 +11,9 @@ from torch import Tensor
 
 from vsparse import ops, select
 from vsparse.blocks import BlockMap
-from vsparse.geometry import Grid, kept_blocks
+from vsparse.geometry import Grid
 from vsparse.layouts import Blocking, Layout, RasterLayout
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, predict_density
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, greatest_density
 from vsparse.reference import statistics_dtype
 from vsparse.schedule import Phase, Schedule
 
@@ -74,8 +74,8 @@ class XAttention(Method):
         return RasterLayout(grid, block=self.block)
 
     def predicted_density(self, layout: Layout, site: Site) -> float:
-        """An upper bound, as the map depends on the data: no more than ``mass`` of the blocks."""
-        return predict_density(layout, self.mass)
+        """An upper bound, as the map depends on the data: as many blocks as hold ``mass`` at most."""
+        return greatest_density(layout, select.top_p_capacity(self.mass, layout.video_tiles))
 
     def search_flops(self, layout: Layout, site: Site, batch: int, phase: Phase) -> float:
         """The products of all folds."""
@@ -111,8 +111,7 @@ class AntidiagonalAttention(SparseAttention):
             mass=mass,
             include_crossing=True,
             forced=select.forced_text(blocking),
-            # The best n of K blocks hold at least n / K of the mass; one more covers rounding.
-            capacity=kept_blocks(mass, video) + 1 + blocking.blocks - video,
+            capacity=select.top_p_capacity(mass, video) + blocking.blocks - video,
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,26 +17,29 @@ _PART = 1 << 26  # distances that are held at once
 
 @torch.library.custom_op("vsparse::cluster_tokens", mutates_args=())
 def _cluster(x: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    batch, heads = x.shape[0], x.shape[2]
-    clusters = centroids.shape[2]
     by_head = x.transpose(1, 2).to(centroids.dtype)
-    step = max(1, _PART // (batch * heads * clusters))
-    means = centroids.clone()
-    for turn in range(max(1, iterations)):
-        half = means.square().sum(-1)[..., None, :] / 2
-        parts, total, count = [], torch.zeros_like(means), means.new_zeros(*means.shape[:3], 1)
-        for part in by_head.split(step, dim=2):
-            near = (part @ means.transpose(-1, -2) - half).argmax(-1)
-            parts.append(near)
-            if iterations:
-                # A product instead of a scattered sum: floats are added in a fixed order on every device.
-                member = F.one_hot(near, clusters).to(part.dtype).transpose(-1, -2)
-                total, count = total + member @ part, count + member.sum(-1, keepdim=True)
-        if iterations:
-            means = torch.where(count > 0, total / count.clamp_min(1), means)
-        if turn == max(1, iterations) - 1:
-            return torch.cat(parts, -1), means
-    raise AssertionError("the loop ends with a return")
+    step = max(1, _PART // centroids.shape[:3].numel())
+    parts = by_head.split(step, dim=2)
+    labels, means = _turn(parts, centroids.clone(), moves=iterations > 0)
+    for _ in range(iterations - 1):
+        labels, means = _turn(parts, means, moves=True)
+    return labels, means
+
+
+def _turn(parts: Sequence[Tensor], means: Tensor, *, moves: bool) -> tuple[Tensor, Tensor]:
+    """The nearest centroid of every token, and the centroids, moved to the means of their tokens or not."""
+    half = means.square().sum(-1)[..., None, :] / 2
+    labels, total, count = [], torch.zeros_like(means), means.new_zeros(*means.shape[:3], 1)
+    for part in parts:
+        near = (part @ means.transpose(-1, -2) - half).argmax(-1)
+        labels.append(near)
+        if moves:
+            # A product instead of a scattered sum: floats are added in a fixed order on every device.
+            member = F.one_hot(near, means.shape[2]).to(part.dtype).transpose(-1, -2)
+            total, count = total + member @ part, count + member.sum(-1, keepdim=True)
+    if moves:
+        means = torch.where(count > 0, total / count.clamp_min(1), means)
+    return torch.cat(labels, -1), means
 
 
 @_cluster.register_fake
@@ -65,6 +70,6 @@ def cluster_tokens(x: Tensor, centroids: Tensor, *, iterations: int) -> tuple[Te
         raise ValueError(f"centroids must be {statistics_dtype(x.dtype)} for x of {x.dtype}, got {centroids.dtype}")
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
         raise ValueError(f"iterations must be an integer >= 0, got {iterations!r}")
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         labels, means = _cluster(x.detach(), centroids.detach(), iterations)
     return labels, means

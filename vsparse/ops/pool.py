@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -53,6 +53,14 @@ def _pool_grad(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor 
 
 
 _pool.register_autograd(_pool_grad, setup_context=_pool_setup)
+
+
+@overload
+def block_pool(x: Tensor, blocking: Blocking, *, self_similarity: Literal[False] = False) -> Tensor: ...
+
+
+@overload
+def block_pool(x: Tensor, blocking: Blocking, *, self_similarity: Literal[True]) -> tuple[Tensor, Tensor]: ...
 
 
 def block_pool(x: Tensor, blocking: Blocking, *, self_similarity: bool = False) -> Tensor | tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, Segment
 from vsparse.layouts import Layout
-from vsparse.patterns.boxes import Bounds, Box, kept_pairs
+from vsparse.patterns.boxes import Bounds, Box, kept_pairs, shifted_pairs
 from vsparse.patterns.counting import (
     AxisTables,
     Relations,
@@ -42,6 +42,8 @@ __all__ = [
 ]
 
 TextRule = Literal["always", "pattern"]
+
+_FEW = 128  # differences of positions that are tried one by one: at 720p about the time that the boxes of tiles take
 
 
 class Pattern(abc.ABC):
@@ -136,11 +138,16 @@ def _tables(pattern: Pattern, grid: Grid) -> AxisTables | None:
     return None if axes is None else axis_tables(axes)
 
 
+def _kept_differences(pattern: Pattern, grid: Grid) -> Tensor:
+    """``[2T - 1, 2H - 1, 2W - 1]`` bool: the differences of positions that an invariant pattern keeps."""
+    q, k, shape = all_differences(grid)
+    return pattern.bounds(q, k, grid).some.expand(math.prod(shape)).view(shape)
+
+
 @functools.lru_cache(maxsize=64)
 def _differences(pattern: Pattern, grid: Grid) -> Tensor:
-    """Counting table over all differences of positions of a pattern that depends on nothing else."""
-    q, k, shape = all_differences(grid)
-    return difference_table(pattern.bounds(q, k, grid).some.expand(math.prod(shape)).view(shape))
+    """Counting table over all differences of an invariant pattern."""
+    return difference_table(_kept_differences(pattern, grid))
 
 
 def judged(pattern: Pattern, q: Box, k: Box, grid: Grid) -> Bounds:
@@ -340,9 +347,9 @@ def block_map(pattern: Pattern | tuple[Pattern, ...], layout: Layout, *, text: T
         )
     with _plain():
         blocking, on_cpu = layout.bind(), layout.to("cpu")
-        masks = {p: _block_mask(_Request(p, text, layout.key, on_cpu)) for p in dict.fromkeys(heads)}
-        capacity = max(_longest(mask) for mask in masks.values())
-        rows = {p: _lists(mask, capacity) for p, mask in masks.items()}
+        requests = {p: _Request(p, text, layout.key, on_cpu) for p in dict.fromkeys(heads)}
+        capacity = max(_longest(_block_mask(request)) for request in requests.values())
+        rows = {p: _lists(request, capacity) for p, request in requests.items()}
         index, count = (torch.stack([rows[p][i] for p in heads])[None] for i in range(2))
         device = layout.length.device
         return BlockMap(index.to(device), count.to(device), blocking, blocking)
@@ -361,12 +368,21 @@ class _Request:
 @functools.lru_cache(maxsize=64)
 def _block_mask(request: _Request) -> Tensor:
     layout, pattern = request.layout, request.pattern
-    axes = sorted(pattern.restricts(layout.grid))
-    keep = kept_pairs(functools.partial(_bounds, pattern, layout.grid), layout, axes)
+    keep = _video_pairs(pattern, layout)
     keep = _with_text(pattern, keep, layout.segment == int(Segment.TEXT), request.text)
     used = layout.length[0, 0] > 0
     keep = keep & used & used[:, None]
     return keep | ((keep | ~used).all(-1) & used)[:, None]
+
+
+def _video_pairs(pattern: Pattern, layout: Layout) -> Tensor:
+    """``[K, K]`` bool: block pairs with a pair of video tokens that the pattern keeps."""
+    grid = layout.grid
+    if pattern.invariant:
+        steps = _kept_differences(pattern, grid).nonzero() - torch.tensor((grid.t - 1, grid.h - 1, grid.w - 1))
+        if len(steps) <= _FEW:
+            return shifted_pairs(steps.tolist(), layout)
+    return kept_pairs(functools.partial(_bounds, pattern, grid), layout, sorted(pattern.restricts(grid)))
 
 
 def _bounds(pattern: Pattern, grid: Grid, q: Box, k: Box) -> Bounds:
@@ -388,8 +404,10 @@ def _longest(keep: Tensor) -> int:
     return int(torch.where(count < keep.shape[-1], count, 0).max())
 
 
-def _lists(keep: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Index ``[Q, M]`` and count ``[Q]`` of a mask; full rows are not listed."""
+@functools.lru_cache(maxsize=64)
+def _lists(request: _Request, capacity: int) -> tuple[Tensor, Tensor]:
+    """Index ``[Q, M]`` and count ``[Q]`` of a block form; full rows are not listed."""
+    keep = _block_mask(request)
     count = keep.sum(-1, dtype=torch.int32)
     row, column = (keep & (count < keep.shape[-1])[:, None]).nonzero().unbind(1)
     listed = torch.where(count < keep.shape[-1], count, 0).long()

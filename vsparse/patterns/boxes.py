@@ -12,7 +12,7 @@ from torch import Tensor
 from vsparse.geometry import Grid
 from vsparse.layouts import Layout
 
-__all__ = ["Bounds", "Box", "Rule", "kept_pairs"]
+__all__ = ["Bounds", "Box", "Rule", "kept_pairs", "shifted_pairs"]
 
 _BATCH = 1 << 19  # box pairs that are judged at once; 2^19 of them take some 50 MB of temporaries
 
@@ -163,6 +163,23 @@ def kept_pairs(rule: Rule, layout: Layout, axes: Sequence[int] = (0, 1, 2)) -> T
     out = torch.zeros(layout.blocks, layout.blocks, dtype=torch.bool)
     out[shapes.block[:, None], shapes.block] = keep[shapes.shape][:, shapes.shape]
     return out
+
+
+def shifted_pairs(steps: Sequence[Sequence[int]], layout: Layout) -> Tensor:
+    """``[K, K]`` bool on the CPU: block pairs with a key position that lies one of ``steps`` from a query position.
+
+    One pass over the tokens for each step, whatever the shape of the blocks: the pieces of a curve fill no boxes.
+    """
+    grid = layout.grid
+    owner = layout.token_block[0, 0, grid.text_before : grid.text_before + grid.video].view(grid.t, grid.h, grid.w)
+    keep = torch.zeros(layout.blocks, layout.blocks, dtype=torch.bool)
+    for step in steps:
+        q, k = owner, owner
+        for axis, shift in enumerate(step):
+            room = owner.shape[axis] - abs(shift)
+            q, k = q.narrow(axis, max(0, -shift), room), k.narrow(axis, max(0, shift), room)
+        keep[q.flatten(), k.flatten()] = True
+    return keep
 
 
 _Work = tuple[Tensor, Box]  # owner [n]: entry of the flat mask; box [6, n]: query box above key box

@@ -44,6 +44,12 @@ class Average:
             self._swap()
 
     @torch.no_grad()
+    def copy_to_model(self) -> None:
+        """Give the model the averaged weights for good."""
+        for name, x in self._parameters.items():
+            x.copy_(self.tensors[name])
+
+    @torch.no_grad()
     def _swap(self) -> None:
         for name, x in self._parameters.items():
             kept = x.detach().clone()

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from vsparse.optional import require
 from vsparse.training.files import PARTIAL, clear_partial, explained, publish
+from vsparse.wrapping import is_sharded
 
 __all__ = ["Checkpoint", "State", "checkpoints", "latest", "restore", "rotate", "write"]
 
@@ -139,7 +140,7 @@ def _file(rank: int) -> str:
 
 
 def _sharded(model: nn.Module) -> bool:
-    return any(isinstance(x, DTensor) for x in model.parameters())
+    return any(map(is_sharded, model.parameters()))
 
 
 def _told_by_all(text: str, accelerator: Any) -> list[str]:

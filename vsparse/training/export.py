@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vsparse.optional import require
 from vsparse.training.files import whole_folder
 from vsparse.training.student import Student
+from vsparse.wrapping import is_sharded, whole
 
 __all__ = ["ADAPTER", "export"]
 
@@ -31,10 +32,11 @@ def export(student: Student, target: Path, *, kind: Literal["adapter", "pipeline
     Raises:
         FileExistsError: the target exists. OSError: the disk is full; nothing is left half written.
     """
-    state = {name: _whole(x) for name, x in student.transformer.state_dict().items()}
+    held = student.transformer.state_dict()
+    state = whole(held)
     if not accelerator.is_main_process:
-        if student.patch is not None:
-            student.patch.save(target)
+        if student.patch is not None and any(map(is_sharded, held.values())):
+            student.patch.save(target)  # gathers with the first process, which writes
         accelerator.wait_for_everyone()
         return target
     with whole_folder(target) as scratch:
@@ -48,12 +50,6 @@ def export(student: Student, target: Path, *, kind: Literal["adapter", "pipeline
             _plain(student, state).save_pretrained(scratch / student.name)
     accelerator.wait_for_everyone()
     return target
-
-
-def _whole(x: Tensor) -> Tensor:
-    """A state's tensor on the CPU, gathered where it is sharded."""
-    whole: Tensor = getattr(x, "full_tensor", x.detach)()
-    return whole.to("cpu")
 
 
 def _plain(student: Student, state: Mapping[str, Tensor]) -> Any:

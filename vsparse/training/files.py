@@ -38,6 +38,7 @@ def publish(scratch: Path, target: Path) -> None:
     """Give a folder that is complete its name; its files are on the disk before."""
     for path in scratch.rglob("*"):
         if path.is_file():
+            path.chmod(0o644)  # safetensors lets only the owner read
             sync(path)
     sync(scratch)
     scratch.rename(target)

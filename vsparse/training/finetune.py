@@ -7,18 +7,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from vsparse.host import training_host
 from vsparse.measure.video import check_folder
 from vsparse.optional import require
+from vsparse.training.consistency import ConsistencyDistillation, few_steps
 from vsparse.training.data.clips import Problem
+from vsparse.training.distill import AttentionDistillation, VelocityDistillation
 from vsparse.training.export import export
 from vsparse.training.files import clear_partial
-from vsparse.training.loop import Trainer
+from vsparse.training.loop import Trainer, make_accelerator
 from vsparse.training.objective import FlowMatching, Objective, objective_of
 from vsparse.training.settings import ObjectiveSettings, Settings
 from vsparse.training.source import open_source
 from vsparse.training.student import Student, load_student
-from vsparse.training.task import Denoising
+from vsparse.training.task import Denoising, Teacher
+from vsparse.training.teachers import StartWeights
 from vsparse.training.validation import Validation, encoders_on
 
 __all__ = ["Told", "finetune"]
@@ -55,27 +60,34 @@ def finetune(settings: Settings, *, told: Told | None = None) -> Path:
     told = told or Told()
     output = check_folder(settings.output)
     target = output / RESULT
-    accelerator = require("accelerate", "diffusers").Accelerator(mixed_precision="no")
+    accelerator = make_accelerator()
     student = load_student(settings.model, settings.method, device=accelerator.device, seed=settings.train.seed)
     side = training_host(student.pipe)
-    source = open_source(student, side, settings, accelerator, told.encoding)
-    told.skipped(source.problems)
     with encoders_on(student, accelerator.device):
         empty = {name: x.cpu() for name, x in side.encode_text([""]).items()}
+    source = open_source(student, side, settings, accelerator, told.encoding)
+    told.skipped(source.problems)
     patch = student.patch
+    objective = _objective(student, settings.objective)
+    kept: list[Trainer] = []
+    teachers = _teachers(student, objective, settings, empty, kept)
     task = Denoising(
         forward=side.forward,
-        objective=_objective(student, settings.objective),
+        objective=objective,
         span=side.experts[student.name],
         source=source,
         empty=empty,
         empty_captions=settings.data.empty_captions,
         data=settings.distill.data,
-        teachers={},
+        teachers=teachers,
         extra=None if patch is None else patch.auxiliary_losses,
     )
     validation = Validation(
-        student=student, settings=settings.validation, folder=output / "validation", accelerator=accelerator
+        student=student,
+        settings=settings.validation,
+        precision=settings.train.precision,
+        folder=output / "validation",
+        accelerator=accelerator,
     )
     run = Trainer(
         student.transformer,
@@ -91,6 +103,7 @@ def finetune(settings: Settings, *, told: Told | None = None) -> Path:
         logged=_Board(output / "tensorboard") if settings.tensorboard and accelerator.is_main_process else None,
         before_step=None if patch is None else patch.training_step,
     )
+    kept.append(run)
     run.run()
     if not target.exists():
         clear_partial(output)
@@ -107,6 +120,39 @@ def _objective(student: Student, settings: ObjectiveSettings) -> Objective:
         if not isinstance(found, FlowMatching):
             raise ValueError('objective: times "logit_normal" is for flow matching; this model takes "uniform"')
         found = dc.replace(found, logit_normal=(settings.mean, settings.std))
+    return found
+
+
+def _teachers(
+    student: Student, objective: Objective, settings: Settings, empty: Mapping[str, Tensor], runs: Sequence[Trainer]
+) -> dict[str, tuple[float, Teacher]]:
+    """The losses that the settings ask for; ``runs`` will hold the run, whose average is a target network."""
+    told, patch = settings.distill, student.patch
+    found: dict[str, tuple[float, Teacher]] = {}
+    start = None
+    if told.consistency or (told.velocity and told.teacher == "start"):
+        start = StartWeights(student.transformer, patch=patch, copy=told.keep_start)
+    if told.velocity:
+        assert patch is not None
+        chosen = start if told.teacher == "start" else None
+        found["velocity"] = (told.velocity, VelocityDistillation(patch, start=chosen))
+    if told.attention:
+        assert patch is not None
+        found["attention"] = (told.attention, AttentionDistillation(patch))
+    if told.consistency:
+        assert start is not None
+        teacher = ConsistencyDistillation(
+            objective,
+            start,
+            few_steps(student.pipe.scheduler, told.segments),
+            steps=told.teacher_steps,
+            patch=patch,
+            guidance=told.guidance,
+            empty=empty,
+            average=(lambda: runs[0].average.tensors) if settings.train.average else None,
+            huber=told.huber,
+        )
+        found["consistency"] = (told.consistency, teacher)
     return found
 
 

@@ -23,8 +23,9 @@ from vsparse.training.diagnosis import NotFiniteError, first_not_finite
 from vsparse.training.draws import Draws
 from vsparse.training.files import append_line, clear_partial, whole_file
 from vsparse.training.optimisers import OptimiserSettings, make_optimisers, set_rates
+from vsparse.training.spread import spread
 
-__all__ = ["Task", "TrainSettings", "Trainer"]
+__all__ = ["Task", "TrainSettings", "Trainer", "make_accelerator"]
 
 LOG = "log.jsonl"
 VALIDATION = "validation/"
@@ -42,6 +43,8 @@ class TrainSettings:
         clip_norm: Greatest norm of the gradient; larger ones are scaled down. 0: never.
         average: Decay of a moving average of the weights, e.g. 0.999; it rises to that in the first steps. 0: none.
         save_every: Steps between checkpoints; the last step is always saved. keep: how many checkpoints stay.
+        shard: Spread weights, gradients and optimiser over the processes (FSDP2) instead of having all of them
+            everywhere (DDP). Also where `accelerate launch` asks for FSDP.
         log_every: Steps between lines of the log. validate_every: steps between validations, 0: only at the end.
 
     Raises:
@@ -54,6 +57,7 @@ class TrainSettings:
     precision: Literal["bf16", "fp32"] = "bf16"
     clip_norm: float = 1.0
     average: float = 0.0
+    shard: bool = False
     save_every: int = 500
     keep: int = 2
     log_every: int = 10
@@ -74,6 +78,15 @@ class TrainSettings:
             raise ValueError(f"train: average must lie in [0, 1), got {self.average!r}")
         if not self.clip_norm >= 0.0:
             raise ValueError(f"train: clip_norm must be >= 0, got {self.clip_norm!r}")
+
+
+def make_accelerator() -> Any:
+    """accelerate's handle on this process and the others, of `accelerate launch` or torchrun; on CPUs, too.
+
+    Precision is the loop's own affair: weights stay as they are, and `torch.autocast` stands around each loss.
+    """
+    kind = require("accelerate", "diffusers").Accelerator
+    return kind(mixed_precision="no", cpu=not torch.accelerator.is_available())
 
 
 class Task(Protocol):
@@ -122,13 +135,12 @@ class Trainer:
         logged: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> None:
         self.task, self.settings, self.folder = task, settings, check_folder(folder)
-        self.accelerator = accelerator or require("accelerate", "diffusers").Accelerator(mixed_precision="no")
+        self.accelerator = accelerator or make_accelerator()
         self.validate, self.progressed, self.before_step, self.logged = validate, progressed, before_step, logged
         self._rates = optimiser
-        optimisers = make_optimisers(model.named_parameters(), optimiser, added=tuple(added))
-        self.model, *prepared = self.accelerator.prepare(model, *optimisers)
-        self.plain: nn.Module = self.accelerator.unwrap_model(self.model)
-        self.optimisers = [getattr(x, "optimizer", x) for x in prepared]
+        self.plain = model
+        self.model, self._held = spread(model, self.accelerator, shard=settings.shard)
+        self.optimisers = make_optimisers(model.named_parameters(), optimiser, added=tuple(added))
         self.average = Average(self.plain, settings.average)
         self.identity = _plain({"train": _decisive(settings), "optimiser": dc.asdict(optimiser), **identity})
         self._spent = 0.0
@@ -151,7 +163,7 @@ class Trainer:
         since = time.perf_counter()
         for step in range(first, settings.steps):
             micro = [next(batches) for _ in range(settings.accumulate)]
-            figures = self._step(step, micro, draws.of(step, self.accelerator.process_index))
+            figures = self._step(step, micro, draws.of(step))
             done = step + 1
             if done % settings.log_every == 0 or done == settings.steps:
                 now = time.perf_counter()
@@ -183,14 +195,13 @@ class Trainer:
             self.before_step(step)
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(micro):
-            held = accelerator.no_sync(self.model) if i + 1 < len(micro) else contextlib.nullcontext()
-            with held:
-                losses = self._losses(batch, draws.of(i), step)
+            with self._held() if i + 1 < len(micro) else contextlib.nullcontext():
+                losses = self._losses(batch, self._of_batch(draws, i), step)
                 (losses["loss"] / len(micro)).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach().float() / len(micro)
         learning = [x for x in self.model.parameters() if x.requires_grad]
-        norm = accelerator.clip_grad_norm_(learning, settings.clip_norm or math.inf)
+        norm: Any = nn.utils.clip_grad_norm_(learning, settings.clip_norm or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         figures = {name: float(accelerator.reduce(x, "mean")) for name, x in sums.items()}
         figures |= {"gradient_norm": float(norm), "rate": self._rates.factor(step, settings.steps)}
@@ -201,6 +212,12 @@ class Trainer:
             optimiser.zero_grad(set_to_none=True)
         self.average.update(step)
         return figures
+
+    def _of_batch(self, draws: Draws, micro: int) -> Draws:
+        """Draws of one micro-batch by its number in the step, over all processes: as one process would draw them that
+        accumulates all. (The 0 says nothing; the embedded checkpoint was drawn with it.)
+        """
+        return draws.of(micro * self.accelerator.num_processes + self.accelerator.process_index, 0)
 
     def _losses(self, batch: Any, draws: Draws, step: int) -> Mapping[str, Tensor]:
         device = self.accelerator.device
@@ -216,7 +233,7 @@ class Trainer:
         gradients = [name for name, x in named if not bool(x.grad.isfinite().all())]  # type: ignore[union-attr]
         where = None
         for i, batch in enumerate(micro):
-            again = functools.partial(self._losses, batch, draws.of(i), step)
+            again = functools.partial(self._losses, batch, self._of_batch(draws, i), step)
             where = where or first_not_finite(self.plain, again)
         kept = checkpoints.latest(self.folder)
         raise NotFiniteError(

@@ -66,6 +66,14 @@ class Objective:
         """``[B]`` in the scheduler's scale: what the model is given."""
         raise NotImplementedError
 
+    def share(self, times: Tensor) -> Tensor:
+        """``[B]`` float64: how far along the scheduler's steps times lie, 0 the clean sample, 1 pure noise."""
+        raise NotImplementedError
+
+    def at(self, share: Tensor) -> Tensor:
+        """Times at shares of the scheduler's steps; the inverse of `share`."""
+        raise NotImplementedError
+
     def noise(self, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         """A noisy sample, and the timestep that the model is given with it."""
         a, b, _, _ = self._numbers(times)
@@ -156,13 +164,22 @@ class FlowMatching(Objective):
         # Sampling never begins at the very last one: the solvers start just below pure noise.
         return scaled.long().clamp(max=self.num_train_timesteps - 1) if self.integer else scaled.float()
 
+    def share(self, times: Tensor) -> Tensor:
+        """``u``, the noise level before the shift."""
+        s = times.double()
+        return s / (self.shift - (self.shift - 1) * s)
+
+    def at(self, share: Tensor) -> Tensor:
+        """Float64 noise levels: the shift of ``u``."""
+        return self.shift * share / (1 + (self.shift - 1) * share)
+
     def _quantile(self, level: Tensor, span: tuple[float, float]) -> Tensor:
         low, high = map(self._share_below, span)
         u = low + (high - low) * level
         if self.logit_normal is not None:
             mean, deviation = self.logit_normal
             u = torch.sigmoid(mean + deviation * torch.special.ndtri(u))
-        return (self.shift * u / (1 + (self.shift - 1) * u)).clamp(*span)
+        return self.at(u).clamp(*span)
 
     def _share_below(self, s: float) -> float:
         """Which share of all times lies below ``s``."""
@@ -195,8 +212,16 @@ class _Discrete(Objective):
             raise ValueError(f"alphas_cumprod must fall strictly, from below 1 to at least 0, got {r}")
 
     def timestep(self, times: Tensor) -> Tensor:
-        """The times themselves."""
-        return times
+        """The times themselves; the first one for the clean sample, which has none."""
+        return times.clamp_min(0)
+
+    def share(self, times: Tensor) -> Tensor:
+        """``(t + 1) / T``."""
+        return (times.double() + 1) / len(self.alphas_cumprod)
+
+    def at(self, share: Tensor) -> Tensor:
+        """The nearest timesteps, int64."""
+        return (share * len(self.alphas_cumprod)).round().long() - 1
 
     def _quantile(self, level: Tensor, span: tuple[float, float]) -> Tensor:
         first, end = (math.ceil(share * len(self.alphas_cumprod)) for share in span)

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as TimeLeftColumn
-
+from vsparse.optional import require
 from vsparse.training.data.clips import Problem
 from vsparse.training.finetune import Told
 
@@ -19,14 +16,25 @@ class Shown(Told):
     """Tells it to a console; a context manager.
 
     Args:
-        console: Where to. steps: of the run.
+        console: Rich's, where to. steps: of the run.
+
+    Raises:
+        ImportError: rich is not installed.
     """
 
-    def __init__(self, console: Console, steps: int) -> None:
-        words = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}")
-        self._bars = Progress(*words, TimeElapsedColumn(), TimeLeftColumn(), console=console)
+    def __init__(self, console: Any, steps: int) -> None:
+        bars = require("rich.progress", "cli")
+        columns = (
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(bar_width=20),
+            bars.MofNCompleteColumn(),
+            bars.TextColumn("{task.fields[told]}"),
+            bars.TimeElapsedColumn(),
+            bars.TimeRemainingColumn(),
+        )
+        self._bars = bars.Progress(*columns, console=console)
         self._console, self._steps = console, steps
-        self._tasks: dict[str, TaskID] = {}
+        self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> Shown:
         self._bars.start()
@@ -45,9 +53,8 @@ class Shown(Told):
             self._console.print(f"left out: {problem.name}: {problem.reason}", style="yellow", markup=False)
 
     def stepped(self, done: int, figures: Mapping[str, float]) -> None:
-        """The loss, and the parts that it has."""
-        parts = [f"{name} {value:.4f}" for name, value in figures.items() if name not in ("gradient_norm", "rate")]
-        self._advance("training", done, self._steps, "  ".join(parts))
+        """The loss; its parts are in the log."""
+        self._advance("training", done, self._steps, f"loss {figures['loss']:.4f}")
 
     def _advance(self, name: str, done: int, of: int, told: str) -> None:
         if name not in self._tasks:

@@ -146,19 +146,37 @@ class ObjectiveSettings:
 
 @dc.dataclass(frozen=True, kw_only=True)
 class DistillSettings:
-    """What else the sparse model is pulled to: itself, dense.
+    """What else the sparse model is pulled to: itself, dense. Losses are weighted and added.
 
     Args:
-        data: Weight of the loss on the data. velocity: of the distance to the prediction of the same weights, dense.
-        attention: of the mean relative squared distance of each site's output to full attention on the same inputs.
+        data: Weight of the loss on the data.
+        velocity: Weight of the squared distance to what the dense model predicts.
+        attention: Weight of the mean relative squared distance of each site's output to full attention on its inputs.
+        consistency: Weight of multi-step consistency distillation, which makes a model of few steps.
+        teacher: Weights of the teacher of ``velocity``: "present", the student's own, or "start", those of the first
+            step; ``consistency`` always takes the latter.
+        keep_start: Where a copy of the first weights is kept if it takes one: "device" or "cpu"; None: none may be made
+            (LoRA and a method's own parameters need none).
+        segments: Steps of the model that ``consistency`` makes. teacher_steps: of its teacher, from noise to video.
+        guidance: Scale of guidance that ``consistency`` distils into the model; 1: none.
+        huber: ``c`` of a pseudo-Huber distance in ``consistency``; None: squared.
     """
 
     data: float = 1.0
     velocity: float = 0.0
     attention: float = 0.0
+    consistency: float = 0.0
+    teacher: Literal["present", "start"] = "present"
+    keep_start: Literal["device", "cpu"] | None = None
+    segments: int = 8
+    teacher_steps: int = 50
+    guidance: float = 1.0
+    huber: float | None = None
 
     def __post_init__(self) -> None:
-        weights = dc.asdict(self)
+        _choice("distill", self, ("teacher",))
+        _least("distill", self, {"segments": 1, "teacher_steps": 1})
+        weights = {name: getattr(self, name) for name in ("data", "velocity", "attention", "consistency")}
         if any(not value >= 0.0 for value in weights.values()) or not any(weights.values()):
             raise ValueError(f"distill: weights must be >= 0 and one of them positive, got {weights}")
 
@@ -214,7 +232,7 @@ class Settings:
         if self.model.train == "method" and self.method.key == "none":
             raise ValueError('model: train "method" leaves nothing to learn where method.key is "none"')
         if self.method.key == "none" and (self.distill.velocity or self.distill.attention):
-            raise ValueError('distill: velocity and attention need a method; method.key is "none"')
+            raise ValueError('distill: velocity and attention need a method, and method.key is "none"')
 
 
 def _least(section: str, settings: object, lows: Mapping[str, int]) -> None:

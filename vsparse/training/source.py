@@ -13,12 +13,12 @@ from torch import Tensor
 from vsparse.host import TrainingHost
 from vsparse.training.data.batches import BatchPlan
 from vsparse.training.data.cache import LatentCache, build_cache
-from vsparse.training.data.clips import Problem, find_clips
+from vsparse.training.data.clips import find_clips
 from vsparse.training.data.loading import Batch, Stream, loader
 from vsparse.training.settings import Settings
 from vsparse.training.student import Student
 from vsparse.training.task import Sample
-from vsparse.training.validation import encoders_on
+from vsparse.training.validation import encoders_on, place_encoders
 
 __all__ = ["Source", "open_source"]
 
@@ -126,10 +126,11 @@ def _name(batch: Batch) -> str:
 
 
 class _Encoder:
-    """Encodes the batches of a stream; captions are remembered."""
+    """Encodes the batches of a stream; captions are remembered. The encoders stay on the device."""
 
     def __init__(self, student: Student, side: TrainingHost, device: torch.device) -> None:
-        self._student, self._side, self._device = student, side, device
+        place_encoders(student, device)
+        self._side, self._device = side, device
         self._text = functools.lru_cache(maxsize=1024)(self._one)
 
     def _one(self, caption: str) -> Mapping[str, Tensor]:
@@ -137,13 +138,7 @@ class _Encoder:
 
     def __call__(self, batch: Batch) -> Sample:
         assert batch.pixels is not None
-        with encoders_on(self._student, self._device):
-            latents = self._side.encode_video(batch.pixels.to(self._device))
-            rows = [self._text(caption) for caption in batch.captions]
+        latents = self._side.encode_video(batch.pixels.to(self._device))
+        rows = [self._text(caption) for caption in batch.captions]
         text = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         return Sample(latents=latents, text=text, name=_name(batch))
-
-
-def problems_in_words(problems: Iterable[Problem]) -> str:
-    """One line for each clip that was left out."""
-    return "\n".join(f"{problem.name}: {problem.reason}" for problem in problems)

@@ -93,6 +93,7 @@ def _load(model: ModelSettings, device: torch.device) -> Any:
     except OSError as error:
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(f"model: {model.path}: no such folder, and not found on the hub ({reason})") from error
+    pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()

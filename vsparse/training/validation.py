@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from vsparse.training.files import whole_folder
 from vsparse.training.settings import ValidationSettings
 from vsparse.training.student import Student
 
-__all__ = ["Validation", "encoders_on"]
+__all__ = ["Validation", "encoders_on", "place_encoders"]
 
 
 @dc.dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,11 +28,13 @@ class Validation:
 
     Args:
         student: Its pipeline generates. settings: prompts and size. folder: where the videos of each step go.
+        precision: Of the run: "bf16" generates with matrix products in bfloat16, as it trains.
         accelerator: Every process generates (a sharded model needs all of them), the first one writes.
     """
 
     student: Student
     settings: ValidationSettings
+    precision: Literal["bf16", "fp32"]
     folder: Path
     accelerator: Any
 
@@ -63,7 +65,9 @@ class Validation:
     def _pair(self, i: int) -> tuple[Tensor, Tensor | None, float]:
         """Dense video, sparse video, density of the sparse run; without a patch the model as it is."""
         patch = self.student.patch
-        with encoders_on(self.student, self.accelerator.device):
+        device = self.accelerator.device
+        narrow = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        with encoders_on(self.student, device), narrow:
             if patch is None:
                 return self._generate(i), None, 1.0
             with patch.suspended():
@@ -90,16 +94,22 @@ class Validation:
 
 @contextmanager
 def encoders_on(student: Student, device: torch.device) -> Iterator[None]:
-    """Inside it the pipeline's frozen parts are on the device; afterwards they leave their memory to training."""
-    parts = [
-        part
-        for name, part in student.pipe.components.items()
-        if isinstance(part, nn.Module) and part is not student.transformer and not name.startswith("transformer")
-    ]
-    for part in parts:
-        part.to(device)
+    """Inside it the pipeline's frozen parts are on the device; afterwards each is where it was."""
+    before = {name: next(part.parameters()).device for name, part in _encoders(student)}
+    place_encoders(student, device)
     try:
         yield
     finally:
-        for part in parts:
-            part.to("cpu")
+        for name, part in _encoders(student):
+            part.to(before[name])
+
+
+def place_encoders(student: Student, device: torch.device) -> None:
+    """Move everything but the transformers."""
+    for _, part in _encoders(student):
+        part.to(device)
+
+
+def _encoders(student: Student) -> list[tuple[str, nn.Module]]:
+    parts = student.pipe.components.items()
+    return [(name, x) for name, x in parts if isinstance(x, nn.Module) and not name.startswith("transformer")]
