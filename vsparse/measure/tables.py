@@ -28,22 +28,22 @@ def _table(title: str = "", *columns: str, numbers: Sequence[str] = ()) -> Any:
 
 def demo_table(runs: Sequence[Run]) -> Any:
     """Time, density and quality of the runs of a demo."""
-    numbers = ("s", "density", "sparse", "PSNR dB", "worst", "SSIM", "seen")
+    numbers = ("s", "density", "sparse", "PSNR", "SSIM", "seen")
     table = _table("Same prompt, same seed", "run", *numbers, numbers=numbers)
     table.columns[0].no_wrap = True
     for run in runs:
         sparse = None if run.stats is None else run.stats["sparse_density"]
         row = [run.name, f"{run.seconds:.1f}", f"{run.density:.3f}", NONE if sparse is None else f"{sparse:.3f}"]
         if run.quality is None:
-            row += [NONE, NONE, NONE]
+            row += [NONE, NONE]
         elif run.quality.identical:
-            row += ["equal", "equal", "1.0000"]
+            row += ["equal", "1.000"]
         else:
-            row += [f"{run.quality.psnr:.1f}", f"{run.quality.worst_psnr:.1f}", f"{run.quality.ssim:.4f}"]
-        table.add_row(*row, NONE if run.shows is None else f"{run.shows.right} of 5")
+            row += [f"{run.quality.psnr:.1f}", f"{run.quality.ssim:.3f}"]
+        table.add_row(*row, NONE if run.shows is None else f"{run.shows.right}/5")
     table.caption = (
         "density: executed share of query-key pairs over all calls, dense steps included; sparse: of the sparse calls "
-        "alone. PSNR and SSIM: against the dense run; worst: PSNR of the worst frame. floor: every pair computed, "
+        "alone. PSNR (dB) and SSIM: against the dense run. floor: every pair computed, "
         "by the host and by our kernel. seen: of colour, shape, direction, ground and one steady object, those that a "
         "program finds in the clip as the prompt has them."
     )
