@@ -29,6 +29,7 @@ _HOMES = {
     "block_linear_attention": "vsparse.ops",
     "block_sparse_attention": "vsparse.ops",
     "block_mass": "vsparse.ops",
+    "host_order_attention": "vsparse.ops",
     "search_attention": "vsparse.ops",
     "block_pool": "vsparse.ops",
     "merge_attention": "vsparse.ops",

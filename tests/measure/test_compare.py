@@ -176,9 +176,9 @@ def test_embedded_samples_are_those_of_every_layer() -> None:
 
 
 def test_selection_cost_takes_its_clocks_away() -> None:
-    stock = ops.block_sparse_attention, Blocking.pack
+    stock = ops.host_order_attention, Blocking.pack
     costs = selection_cost(grid=Grid(t=4, h=16, w=16), heads=1, width=16, density=0.3, rounds=1)
-    assert (ops.block_sparse_attention, Blocking.pack) == stock
+    assert (ops.host_order_attention, Blocking.pack) == stock
     assert all(cost.select > 0 < cost.attend for cost in costs)
     blocks = 4 * 16 * 16 // 64
     assert {cost.line: cost.density for cost in costs}["sla"] == kept_blocks(0.3, blocks) / blocks

@@ -65,7 +65,7 @@ class _Watch:
 
 @contextlib.contextmanager
 def _watched() -> Iterator[_Watch]:
-    attend, pack = ops.block_sparse_attention, Blocking.pack
+    attend, pack = ops.host_order_attention, Blocking.pack
     watch = _Watch()
 
     def _timed_attention(*args: Any, **options: Any) -> Any:
@@ -80,12 +80,12 @@ def _watched() -> Iterator[_Watch]:
         watch.packed += 0.0 if watch.began else time.perf_counter() - start
         return found
 
-    ops.block_sparse_attention, Blocking.pack = _timed_attention, _timed_pack  # type: ignore[method-assign]
+    ops.host_order_attention, Blocking.pack = _timed_attention, _timed_pack  # type: ignore[method-assign]
     try:
         watch.start = time.perf_counter()
         yield watch
     finally:
-        ops.block_sparse_attention, Blocking.pack = attend, pack  # type: ignore[method-assign]
+        ops.host_order_attention, Blocking.pack = attend, pack  # type: ignore[method-assign]
 
 
 class _Line:

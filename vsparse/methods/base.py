@@ -5,11 +5,12 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses as dc
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, Segment, kept_blocks
@@ -28,10 +29,13 @@ __all__ = [
     "given_hidden",
     "greatest_density",
     "predict_density",
+    "recomputed",
     "static_maps",
     "with_text",
     "zero_linear",
 ]
+
+T = TypeVar("T")
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -154,10 +158,11 @@ class SparseAttention(nn.Module):
         in the dtype that attention is computed in. `combine` runs under it, like the layers of the host.
         """
         assert self.call is not None
+        hidden, self.hidden = self.hidden, None  # a recomputation may stop in here and would leave it behind
         kind = q.device.type
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
-            fine, aux = self.core(q, k, v, self.hidden, self.call)
-        return self.combine(fine, aux, self.hidden, self.call)
+            fine, aux = self.core(q, k, v, hidden, self.call)
+        return self.combine(fine, aux, hidden, self.call)
 
     def core(
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
@@ -371,6 +376,16 @@ def given_hidden(key: str, hidden: Tensor | None) -> Tensor:
             "reads; choose a method that needs nothing of a site"
         )
     return hidden
+
+
+def recomputed(function: Callable[..., T], /, *inputs: Any) -> T:
+    """What a function of tensors gives; for the backward only its inputs are kept, and it runs a second time.
+
+    For work that is cheap and leaves much behind. A compiler, which weighs that itself, gets the plain call.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
 
 def zero_linear(inputs: int, outputs: int) -> nn.Linear:

@@ -82,11 +82,10 @@ class LowResolutionAttention(SparseAttention):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Pooled softmax, the best entries of each head, exact attention in what is kept."""
         blocking = call.blocking
-        q, k, v = blocking.pack(q), blocking.pack(k), blocking.pack(v)
-        blocks = self._choose(q.detach(), k.detach(), blocking, call.density)
+        packed = [blocking.pack(x.detach()) for x in (q, k, v)]
+        blocks = self._choose(packed[0], packed[1], blocking, call.density)
         self.tally(blocks, q.shape[0])
-        out, _ = ops.block_sparse_attention(q, k, v, blocks)
-        return blocking.unpack(out), ()
+        return ops.host_order_attention(q, k, v, blocks, packed=packed), ()
 
     def _choose(self, q: Tensor, k: Tensor, blocking: Blocking, density: Tensor) -> BlockMap:
         """Best pairs of cells of each head, as a map over blocks."""

@@ -15,7 +15,7 @@ from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Blocking, Layout, TileLayout
 from vsparse.methods import chance
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, given_hidden
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, given_hidden, recomputed
 from vsparse.schedule import Phase
 from vsparse.state import Version
 
@@ -168,8 +168,8 @@ class DSVAttention(SparseAttention):
         with torch.no_grad():
             blocks = self._choose(self._low(hidden, q.dtype), call, progress)
         self.tally(blocks, q.shape[0])
-        out, _ = ops.block_sparse_attention(blocking.pack(q), blocking.pack(k), blocking.pack(v), blocks)
-        return blocking.unpack(out), ()
+        packed = [blocking.pack(x.detach()) for x in (q, k, v)]
+        return ops.host_order_attention(q, k, v, blocks, packed=packed), ()
 
     def _low(self, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Predicted queries and keys, ``[B, video, H, rank]`` float32 (float64 for a float64 host)."""
@@ -233,13 +233,8 @@ class DSVAttention(SparseAttention):
         """Loss of the predictor on sampled queries, and the averages after this call."""
         method = self.method
         token = chance.spread(method.rows, call.grid.video, salt=self.salt, step=progress[0].long())
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        with torch.no_grad():
-            true = torch.einsum("brhd,bkhd->bhrk", q.index_select(1, token).to(wide), k.to(wide))
         with torch.enable_grad():
-            q_low, k_low = self._low(hidden, q.dtype)
-            guess = torch.einsum("brhd,bkhd->bhrk", q_low.index_select(1, token), k_low)
-            loss = _loss(guess, true, method.cosine)
+            loss, true = recomputed(self._lesson, q, k, hidden, token)
         with torch.no_grad():
             share = _critical(true * q.shape[-1] ** -0.5, call.blocking, method.mass)
             fresh = torch.cat((loss.detach()[None], share)).double()
@@ -247,6 +242,14 @@ class DSVAttention(SparseAttention):
             averages = keep * progress[1:] + (1.0 - keep) * fresh
             self.state.stage("progress", torch.cat((progress[:1] + 1, averages)).view(torch.int64))
         self.state.hand_out("loss", loss)
+
+    def _lesson(self, q: Tensor, k: Tensor, hidden: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and the true logits of the sampled queries, ``[B, H, R, video]``."""
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        true = torch.einsum("brhd,bkhd->bhrk", q.index_select(1, token).to(wide), k.to(wide))
+        q_low, k_low = self._low(hidden, q.dtype)
+        guess = torch.einsum("brhd,bkhd->bhrk", q_low.index_select(1, token), k_low)
+        return _loss(guess, true, self.method.cosine), true
 
 
 def _loss(guess: Tensor, true: Tensor, cosine: float) -> Tensor:

@@ -102,11 +102,10 @@ class JengaAttention(SparseAttention):
         """Pooled softmax, the larger of two budgets, what touches, exact attention in what is kept."""
         blocking = call.blocking
         assert call.static is not None
-        q, k, v = blocking.pack(q), blocking.pack(k), blocking.pack(v)
-        blocks = self._choose(q.detach(), k.detach(), blocking, call)
+        packed = [blocking.pack(x.detach()) for x in (q, k, v)]
+        blocks = self._choose(packed[0], packed[1], blocking, call)
         self.tally(blocks, q.shape[0])
-        out, _ = ops.block_sparse_attention(q, k, v, blocks)
-        return blocking.unpack(out), ()
+        return ops.host_order_attention(q, k, v, blocks, packed=packed), ()
 
     def _choose(self, q: Tensor, k: Tensor, blocking: Blocking, call: Call) -> BlockMap:
         method, static = self.method, call.static

@@ -96,11 +96,10 @@ class NablaAttention(SparseAttention):
         """Pooled softmax, top-p, window, exact attention in what is kept."""
         blocking = call.blocking
         assert call.static is not None
-        q, k, v = blocking.pack(q), blocking.pack(k), blocking.pack(v)
-        blocks = self._choose(q.detach(), k.detach(), blocking, call.static)
+        packed = [blocking.pack(x.detach()) for x in (q, k, v)]
+        blocks = self._choose(packed[0], packed[1], blocking, call.static)
         self.tally(blocks, q.shape[0])
-        out, _ = ops.block_sparse_attention(q, k, v, blocks)
-        return blocking.unpack(out), ()
+        return ops.host_order_attention(q, k, v, blocks, packed=packed), ()
 
     def _choose(self, q: Tensor, k: Tensor, blocking: Blocking, static: BlockMap) -> BlockMap:
         """Top-p over tiles, joined with the static map, as a map over blocks."""

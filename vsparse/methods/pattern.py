@@ -72,10 +72,9 @@ class StaticAttention(SparseAttention):
         """Pack, attend, unpack."""
         blocking, blocks = call.blocking, call.static
         assert blocks is not None
-        q, k, v = blocking.pack(q), blocking.pack(k), blocking.pack(v)
+        packed = [blocking.pack(x.detach()) for x in (q, k, v)]
         self.tally(blocks, q.shape[0])
-        out, _ = ops.block_sparse_attention(q, k, v, blocks)
-        return blocking.unpack(out), ()
+        return ops.host_order_attention(q, k, v, blocks, packed=packed), ()
 
 
 @dc.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,16 @@ from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Blocking, Layout, RasterLayout
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, zero_linear
+from vsparse.methods.base import (
+    Call,
+    Method,
+    Paper,
+    Site,
+    SparseAttention,
+    check_density,
+    recomputed,
+    zero_linear,
+)
 from vsparse.schedule import Phase
 
 __all__ = ["SLA", "SLAAttention"]
@@ -102,20 +111,17 @@ class SLAAttention(SparseAttention):
         """Critical blocks, exact attention in them. aux: the linear branch of the video, ``[B, video, H, D]``."""
         blocking, grid = call.blocking, call.grid
         video = slice(grid.text_before, grid.text_before + grid.video)
-        q_slots, k_slots, v_slots = blocking.pack(q), blocking.pack(k), blocking.pack(v)
-        q_mean, k_mean = (ops.block_pool(x.detach(), blocking) for x in (q_slots, k_slots))
+        packed = [blocking.pack(x.detach()) for x in (q, k, v)]
+        q_mean, k_mean = (ops.block_pool(x, blocking) for x in packed[:2])
         scores = torch.einsum("bqhd,bkhd->bhqk", q_mean, k_mean)
         blocks = self._critical(scores, blocking, call)
         self.tally(blocks, q.shape[0])
-        out, _ = ops.block_sparse_attention(q_slots, k_slots, v_slots, blocks)
+        out = ops.host_order_attention(q, k, v, blocks, packed=packed)
         if self.method.linear == "all":
-            linear = _linear(self._feature(q[:, video]), self._feature(k[:, video]), v[:, video])
+            linear = recomputed(self._linear, q[:, video], k[:, video], v[:, video])
         else:
-            rest = self._marginal(scores, blocks, blocking)
-            q_slots, k_slots = blocking.pack(self._feature(q)), blocking.pack(self._feature(k))
-            parts = ops.block_linear_attention(q_slots, k_slots, v_slots.to(q_slots.dtype), rest)
-            linear = blocking.unpack(parts)[:, video]
-        return blocking.unpack(out), (linear,)
+            linear = recomputed(self._linear_beside, q, k, v, self._marginal(scores, blocks, blocking))[:, video]
+        return out, (linear,)
 
     def combine(self, fine: Tensor, aux: tuple[Tensor, ...], hidden: Tensor | None, call: Call) -> Tensor:
         """Add the projected linear branch to the video tokens."""
@@ -146,16 +152,23 @@ class SLAAttention(SparseAttention):
             out = out.scatter(-1, last, True)
         return BlockMap.from_mask(~out, blocking)
 
+    def _linear(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Linear attention of all tokens ``[B, N, H, D]`` in the dtype of v; 0 where the denominator is."""
+        q, k = self._feature(q), self._feature(k)
+        state = torch.einsum("bnhd,bnhe->bhde", k, F.pad(v.to(k.dtype), (0, 1), value=1.0))
+        parts = torch.einsum("bnhd,bhde->bnhe", q, state)
+        total = parts[..., -1:]
+        return torch.where(total > 0, parts[..., :-1] / torch.where(total > 0, total, 1), 0).to(v.dtype)
+
+    def _linear_beside(self, q: Tensor, k: Tensor, v: Tensor, rest: BlockMap) -> Tensor:
+        """Linear attention over the blocks of a map, in host order and in the dtype of v."""
+        blocking = rest.q
+        q, k = blocking.pack(self._feature(q)), blocking.pack(self._feature(k))
+        parts = ops.block_linear_attention(q, k, blocking.pack(v).to(q.dtype), rest)
+        return blocking.unpack(parts).to(v.dtype)
+
     def _feature(self, x: Tensor) -> Tensor:
         wide = x.double() if x.dtype == torch.float64 else x.float()
         if self.method.feature == "softmax":
             return wide.softmax(-1)
         return F.elu(wide) + 1.0 if self.method.feature == "elu" else wide.relu()
-
-
-def _linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``[B, N, H, D]``: linear attention of all tokens; 0 where the denominator is."""
-    state = torch.einsum("bnhd,bnhe->bhde", k, F.pad(v.to(k.dtype), (0, 1), value=1.0))
-    parts = torch.einsum("bnhd,bhde->bnhe", q, state)
-    total = parts[..., -1:]
-    return torch.where(total > 0, parts[..., :-1] / torch.where(total > 0, total, 1), 0)

@@ -155,11 +155,11 @@ class SpargeAttention(SparseAttention):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Pooled prediction, guard, selection, exact attention in what is kept."""
         blocking = call.blocking
-        q, k, v = blocking.pack(q), blocking.pack(k), blocking.pack(v)
-        blocks = self.choose(q.detach(), k.detach(), blocking, call.density)
+        packed = [blocking.pack(x.detach()) for x in (q, k, v)]
+        blocks = self.choose(packed[0], packed[1], blocking, call.density)
         self.tally(blocks, q.shape[0])
-        out, _ = ops.block_sparse_attention(q, k, v, blocks, skip_threshold=self.method.skip_threshold)
-        return blocking.unpack(out), ()
+        threshold = self.method.skip_threshold
+        return ops.host_order_attention(q, k, v, blocks, packed=packed, skip_threshold=threshold), ()
 
     def choose(self, q: Tensor, k: Tensor, blocking: Blocking, density: Tensor) -> BlockMap:
         """The map of packed queries and keys ``[B, S, H, D]``; ``density`` is the 0-d budget of the call."""

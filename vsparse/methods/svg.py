@@ -135,15 +135,14 @@ class SVGAttention(SparseAttention):
         """Try both bands on sampled queries, attend in the better one."""
         blocking, candidates = call.blocking, call.static
         assert candidates is not None
-        q, k, v = blocking.pack(q), blocking.pack(k), blocking.pack(v)
+        packed = [blocking.pack(x.detach()) for x in (q, k, v)]
         spatial, temporal = _apart(candidates)
-        near, far = self._errors(q.detach(), k.detach(), v.detach(), blocking, (spatial, temporal), call.step)
+        near, far = self._errors(packed[0], packed[1], packed[2], blocking, (spatial, temporal), call.step)
         moves = (far < near)[..., None]
         index = torch.where(moves[..., None], temporal.index, spatial.index)
         blocks = BlockMap(index, torch.where(moves, temporal.count, spatial.count), blocking, blocking)
         self.tally(blocks, q.shape[0])
-        out, _ = ops.block_sparse_attention(q, k, v, blocks)
-        return blocking.unpack(out), ()
+        return ops.host_order_attention(q, k, v, blocks, packed=packed), ()
 
     def _errors(
         self, q: Tensor, k: Tensor, v: Tensor, blocking: Blocking, candidates: tuple[BlockMap, ...], step: Tensor

@@ -118,12 +118,10 @@ class VMoBAAttention(SparseAttention):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The chosen pairs leave out a token's own chunk, so the two parts are disjoint."""
         blocking = call.blocking
-        q, k, v = blocking.pack(q), blocking.pack(k), blocking.pack(v)
-        own, chosen = self._maps(q, k, blocking)
+        packed = [blocking.pack(x.detach()) for x in (q, k, v)]
+        own, chosen = self._maps(packed[0], packed[1], blocking)
         self.tally(own, q.shape[0], chosen)
-        parts = [ops.block_sparse_attention(q, k, v, blocks) for blocks in (own, chosen)]
-        out, _ = ops.merge_attention([part[0] for part in parts], [part[1] for part in parts])
-        return blocking.unpack(out), ()
+        return ops.host_order_attention(q, k, v, own, chosen, packed=packed), ()
 
     def _maps(self, q: Tensor, k: Tensor, blocking: Blocking) -> tuple[BlockMap, BlockMap]:
         """Own chunk by chunk, the others by token. Text rows are full in the second map and empty in the first."""
@@ -133,7 +131,7 @@ class VMoBAAttention(SparseAttention):
         slot_block = layout.token_block.gather(-1, layout.slot_source)[0, 0]
         chunks = torch.arange(layout.blocks, device=q.device)
         mine = slot_block[:, None] == chunks
-        gate = torch.einsum("bshd,bkhd->bhsk", q.detach().float(), ops.block_pool(k.detach(), blocking).float())
+        gate = torch.einsum("bshd,bkhd->bhsk", q.float(), ops.block_pool(k, blocking).float())
         video = torch.ones_like(chunks, dtype=torch.bool) if text is None else ~text
         counted = video[slot_block][:, None] & video
         keep = self._choose(gate, mine, counted, layout)

@@ -14,7 +14,17 @@ from torch.nn import functional as F
 from vsparse import ops, select
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Layout, TileLayout
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, given_hidden, zero_linear
+from vsparse.methods.base import (
+    Call,
+    Method,
+    Paper,
+    Site,
+    SparseAttention,
+    check_density,
+    given_hidden,
+    recomputed,
+    zero_linear,
+)
 from vsparse.schedule import Phase
 
 __all__ = ["VSA", "VideoSparseAttention", "density_ramp"]
@@ -80,16 +90,13 @@ class VideoSparseAttention(SparseAttention):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Coarse scores, top-k tiles, exact attention inside them. aux: the coarse output ``[B, tiles, H, D]``."""
         blocking, layout = call.blocking, call.layout
-        q, k, v = blocking.pack(q), blocking.pack(k), blocking.pack(v)
+        packed = [blocking.pack(x) for x in (q, k, v)]
         tiles = blocking.tiles()
-        q_mean, k_mean, v_mean = (ops.block_pool(x, tiles) for x in (q, k, v))
-        scores = torch.einsum("bqhd,bkhd->bhqk", q_mean, k_mean) * q.shape[-1] ** -0.5
-        text = tiles.text
-        video = scores if text is None else torch.where(text, -torch.inf, scores)
-        coarse = torch.einsum("bhqk,bkhd->bqhd", video.softmax(-1), v_mean).to(v.dtype)
+        means = [ops.block_pool(x, tiles) for x in packed]
+        coarse, scores = recomputed(_coarse, *means, tiles.text, v.dtype)
         count = layout.video_tiles
         chosen = select.top_k(
-            scores.detach(),
+            scores,
             tiles,
             count=select.budget(call.density, count),
             forced=select.forced_text(tiles),
@@ -97,8 +104,7 @@ class VideoSparseAttention(SparseAttention):
         )
         blocks = select.expand_tiles(chosen, blocking)
         self.tally(blocks, q.shape[0])
-        out, _ = ops.block_sparse_attention(q, k, v, blocks)
-        return blocking.unpack(out), (coarse,)
+        return ops.host_order_attention(q, k, v, blocks, packed=packed), (coarse,)
 
     def combine(self, fine: Tensor, aux: tuple[Tensor, ...], hidden: Tensor | None, call: Call) -> Tensor:
         """Add the gated coarse branch to the video tokens."""
@@ -106,10 +112,21 @@ class VideoSparseAttention(SparseAttention):
         hidden = given_hidden(self.method.key, hidden)
         if hidden.shape[1] != grid.video:
             raise ValueError(f"vsa: the attention input has {hidden.shape[1]} tokens, {grid} has {grid.video} of video")
-        gate = self.to_gate_compress(hidden).unflatten(-1, fine.shape[2:])
-        coarse = call.blocking.tiles().expand(aux[0])[:, grid.text_before : grid.text_before + grid.video]
-        branch = (gate * coarse).to(fine.dtype)
+        branch = recomputed(self._branch, hidden, aux[0], call).to(fine.dtype)
         return fine + F.pad(branch, (0, 0, 0, 0, grid.text_before, grid.text_after)) if grid.text else fine + branch
+
+    def _branch(self, hidden: Tensor, coarse: Tensor, call: Call) -> Tensor:
+        """The gated coarse output of every video token, ``[B, video, H, D]``."""
+        first, video = call.grid.text_before, call.grid.video
+        gate: Tensor = self.to_gate_compress(hidden).unflatten(-1, coarse.shape[2:])
+        return gate * call.blocking.tiles().expand(coarse)[:, first : first + video]
+
+
+def _coarse(q: Tensor, k: Tensor, v: Tensor, text: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Attention between means ``[B, K, H, D]``, over those of the video, in ``dtype``; and its scores, as constants."""
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    video = scores if text is None else torch.where(text, -torch.inf, scores)
+    return torch.einsum("bhqk,bkhd->bqhd", video.softmax(-1), v).to(dtype), scores.detach()
 
 
 def density_ramp(target: float, *, interval: int = 50, rate: float = 0.03) -> Callable[[int], float]:

@@ -96,11 +96,10 @@ class AntidiagonalAttention(SparseAttention):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Antidiagonal mass, top-p, exact attention in what is kept."""
         blocking = call.blocking
-        q, k, v = blocking.pack(q), blocking.pack(k), blocking.pack(v)
-        blocks = self._choose(q.detach(), k.detach(), blocking)
+        packed = [blocking.pack(x.detach()) for x in (q, k, v)]
+        blocks = self._choose(packed[0], packed[1], blocking)
         self.tally(blocks, q.shape[0])
-        out, _ = ops.block_sparse_attention(q, k, v, blocks)
-        return blocking.unpack(out), ()
+        return ops.host_order_attention(q, k, v, blocks, packed=packed), ()
 
     def _choose(self, q: Tensor, k: Tensor, blocking: Blocking) -> BlockMap:
         mass = self.method.mass

@@ -13,11 +13,11 @@ from vsparse.blocks import BlockMap
 from vsparse.ops.boundary import as_blocking, as_map, as_tensors, check_attention, like, scale_of
 from vsparse.reference import statistics_dtype
 
-__all__ = ["attend_backward", "block_sparse_attention", "unsupported"]
+__all__ = ["attend", "attend_backward", "block_sparse_attention", "load_map", "save_map", "unsupported"]
 
 
 @torch.library.custom_op("vsparse::block_sparse_attention", mutates_args=())
-def _attend(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -40,7 +40,7 @@ def _attend(
     return out, lse
 
 
-@_attend.register_fake
+@attend.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return like(q), q.new_empty(q.shape[:3], dtype=statistics_dtype(q.dtype))
 
@@ -77,20 +77,24 @@ def _(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor
     return like(q), like(k), like(v)
 
 
-def _save_map(ctx: Any, index: Tensor, count: Tensor, q_length: Tensor, k_length: Tensor) -> tuple[Tensor, ...]:
-    """Keep the map for the backward in whichever form is smaller: lists, or one bit per block pair."""
-    ctx.capacity, ctx.as_bits = index.shape[-1], index.shape[-1] * 4 > math.ceil(k_length.shape[-1] / 8)
-    if not ctx.as_bits:
-        return index, count
+def save_map(index: Tensor, count: Tensor, q_length: Tensor, k_length: Tensor) -> tuple[Tensor, int | None]:
+    """The lists in whichever form is smaller for the backward: as they are, or one bit per block pair.
+
+    Returns:
+        What to save, and the capacity of the lists where they became bits.
+    """
+    if index.shape[-1] * 4 <= math.ceil(k_length.shape[-1] / 8):
+        return index, None
     blocks = as_map(index, count, q_length, k_length, None, None, None, 0, 0)
-    return blocks.to_bits(), count
+    return blocks.to_bits(), index.shape[-1]
 
 
-def _load_map(ctx: Any, stored: Tensor, count: Tensor, q_length: Tensor, k_length: Tensor) -> tuple[Tensor, Tensor]:
-    if not ctx.as_bits:
-        return stored, count
+def load_map(stored: Tensor, capacity: int | None, q_length: Tensor, k_length: Tensor) -> Tensor:
+    """The lists again."""
+    if capacity is None:
+        return stored
     q, k = as_blocking(q_length, None, 0), as_blocking(k_length, None, 0)
-    return BlockMap.from_bits(stored, q, k, capacity=ctx.capacity).index, count
+    return BlockMap.from_bits(stored, q, k, capacity=capacity).index
 
 
 def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -99,7 +103,7 @@ def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
         raise NotImplementedError("skip_threshold has no gradient: call block_sparse_attention without it to train")
     ctx.set_materialize_grads(False)
     ctx.ints = (q_block, k_block, scale)
-    stored, count = _save_map(ctx, index, count, q_length, k_length)
+    stored, ctx.capacity = save_map(index, count, q_length, k_length)
     ctx.save_for_backward(q, k, v, *output, stored, count, q_length, k_length, *starts_and_bias)
 
 
@@ -108,7 +112,7 @@ def _attend_grad(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> 
     nothing = (None,) * 11
     if grad_out is None and grad_lse is None:
         return None, None, None, *nothing
-    index, count = _load_map(ctx, stored, count, q_length, k_length)
+    index = load_map(stored, ctx.capacity, q_length, k_length)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grads = attend_backward(
         grad_out, grad_lse, q, k, v, out, lse, index, count, q_length, k_length, *starts_and_bias, *ctx.ints
@@ -116,7 +120,7 @@ def _attend_grad(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> 
     return *grads, *nothing
 
 
-_attend.register_autograd(_attend_grad, setup_context=_attend_setup)
+attend.register_autograd(_attend_grad, setup_context=_attend_setup)
 
 
 def block_sparse_attention(
@@ -154,7 +158,7 @@ def block_sparse_attention(
     check_attention(q, k, v, blocks)
     if skip_threshold is not None and not skip_threshold >= 0:
         raise ValueError(f"skip_threshold must be at least 0 or None (exact), got {skip_threshold}")
-    out, lse = _attend(q, k, v, *as_tensors(blocks), scale_of(scale, q), skip_threshold)
+    out, lse = attend(q, k, v, *as_tensors(blocks), scale_of(scale, q), skip_threshold)
     return out, lse
 
 

@@ -44,12 +44,16 @@ def _pool_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     x, length, start, ctx.block = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, length, start)
+    ctx.shape, ctx.dtype = x.shape, x.dtype
+    ctx.save_for_backward(length, start)
 
 
 def _pool_grad(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, length, start = ctx.saved_tensors
-    return (None if grad is None else _pool_backward(grad.contiguous(), x, length, start, ctx.block)), None, None, None
+    length, start = ctx.saved_tensors
+    if grad is None:
+        return None, None, None, None
+    x = grad.new_empty((), dtype=ctx.dtype).expand(ctx.shape)  # its shape and dtype are all that the backward reads
+    return _pool_backward(grad.contiguous(), x, length, start, ctx.block), None, None, None
 
 
 _pool.register_autograd(_pool_grad, setup_context=_pool_setup)
