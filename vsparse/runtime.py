@@ -53,10 +53,10 @@ class _Record:
 
     bound: list[tuple[SparseAttention, Phase, Call, Version]]
 
-    def restore(self) -> None:
+    def restore(self, *, again: bool = False) -> None:
         for module, phase, call, version in self.bound:
             module.phase, module.call = phase, call
-            module.state.bind(version)
+            module.state.bind(version, again=again)
 
 
 class Runtime:
@@ -325,6 +325,7 @@ class Runtime:
             site.absorb(staged)
             if loss is not None:
                 self.losses[site.site.name] = loss
+                _on_backward((loss,), record)  # of a frozen host it is all that a backward goes through
             if pairs is not None:
                 total = self.pairs.get(site.site.name)
                 self.pairs[site.site.name] = pairs if total is None else total + pairs
@@ -396,7 +397,7 @@ def _on_backward(output: Any, record: _Record) -> None:
         if isinstance(value, Tensor) and value.requires_grad:
 
             def restore(_: Tensor) -> None:
-                record.restore()
+                record.restore(again=True)
 
             value.register_hook(restore)
 

@@ -28,6 +28,7 @@ class RunState:
         self.staged: dict[str, Tensor] = {}
         self._versions: dict[str, Version] = {}
         self._stamps: dict[str, int | None] = {}
+        self._deaf = False
 
     def read(self, name: str) -> Tensor:
         """The tensor of the bound version."""
@@ -35,15 +36,20 @@ class RunState:
 
     def stage(self, name: str, value: Tensor) -> None:
         """Offer a tensor for the next version; the caller gives it away."""
-        self.staged[name] = value.detach()
+        self.hand_out(name, value.detach())
 
     def hand_out(self, name: str, value: Tensor) -> None:
         """Leave a tensor with its graph for the root to take after the call: a loss. It is no part of a version."""
-        self.staged[name] = value
+        if not self._deaf:
+            self.staged[name] = value
 
-    def bind(self, version: Version) -> None:
-        """Make a version the one that is read, and drop what is staged."""
-        self.bound = dict(version)
+    def bind(self, version: Version, *, again: bool = False) -> None:
+        """Make a version the one that is read, and drop what is staged.
+
+        Args:
+            again: For a recomputation: what it stages is not even kept. A loss would keep its whole graph.
+        """
+        self.bound, self._deaf = dict(version), again
         self.staged = {}
 
     def version(self, branch: str) -> Version:
