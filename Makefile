@@ -19,10 +19,10 @@ TORCH_INDEX_URL ?=
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-floor lint bench compare study study-scratch gate bench-gpu tune-gpu clean
+.PHONY: help demo test test-all test-floor lint bench bench-training compare study study-scratch gate bench-gpu tune-gpu clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=python3.12        the interpreter .venv is made with (3.11 or newer; found by itself if not given)"
 	@echo "  TORCH_INDEX_URL=<url>    where to look for torch as well. On Linux the usual torch wheel carries CUDA and is"
@@ -53,6 +53,9 @@ lint: $(STAMP) ## ruff and mypy
 
 bench: $(STAMP) ## time block-sparse attention against dense attention on this machine
 	@$(BIN)/python scripts/bench_cpu.py
+
+bench-training: $(STAMP) ## memory and time of a training step, sparse against dense, here or on a GPU; writes out/training
+	@$(BIN)/python scripts/bench_training.py
 
 compare: $(STAMP) ## what each method's maps catch at which density, and the cost of choosing; writes out/compare
 	@$(BIN)/python scripts/compare_methods.py

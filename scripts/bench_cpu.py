@@ -12,17 +12,13 @@ import argparse
 import datetime
 import json
 import math
-import os
 import platform
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from resident import clock, in_own_process, lift
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -88,12 +84,6 @@ class Case:
         return out
 
 
-def clock(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def ratios(given: argparse.Namespace, kind: str, dtype: torch.dtype, *, train: bool) -> dict[str, Any]:
     """Medians of interleaved calls."""
     case = Case(given, kind, dtype, train=train)
@@ -106,38 +96,24 @@ def ratios(given: argparse.Namespace, kind: str, dtype: torch.dtype, *, train: b
     return {"sparse_ms": sparse * 1e3, "dense_ms": dense * 1e3, "faster": dense / sparse, "faster_at_best": best}
 
 
-def resident(field: str) -> int:
-    """Bytes of ``VmRSS`` (now) or ``VmHWM`` (the most since `forget_peak`)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def memory_child(given: argparse.Namespace, which: str, dtype: str, step: str) -> int:
     """Bytes by which one call lifts the resident set; a small call has warmed the process up."""
     small = argparse.Namespace(**{**vars(given), "slots": 8 * BLOCK})
     for size in (small, given):
         case = Case(size, "uniform", getattr(torch, dtype), train=step == "train")
-        forget_peak()
-        before = resident("VmRSS")
         with torch.set_grad_enabled(case.train):
-            (case.dense if which == "dense" else case.sparse)()
-    return resident("VmHWM") - before
+            found = lift(case.dense if which == "dense" else case.sparse)
+    return found
 
 
 def memory(given: argparse.Namespace, dtype: str, step: str) -> dict[str, int]:
     """Added peak of sparse and dense, each in a fresh process."""
     found = {}
-    # Every tensor gets pages of its own and gives them back, so that a heap with holes cannot hide what a call takes.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     for which in ("sparse", "dense"):
-        command = [sys.executable, __file__, "--memory", which, dtype, step]
-        for name in ("slots", "heads", "head_dim", "density"):
-            command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
-        found[which] = int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+        sizes = [
+            f"--{name.replace('_', '-')}={getattr(given, name)}" for name in ("slots", "heads", "head_dim", "density")
+        ]
+        found[which] = int(in_own_process(Path(__file__), "--memory", which, dtype, step, *sizes))
     return found
 
 

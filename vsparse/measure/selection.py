@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses as dc
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -16,11 +16,11 @@ from vsparse.geometry import Grid
 from vsparse.layouts import Blocking
 from vsparse.measure.recall import driven
 from vsparse.measure.synthetic import structured_sample
-from vsparse.methods import get_method
+from vsparse.methods import SparseAttention, get_method
 from vsparse.methods.samples import Sample
 from vsparse.optional import require
 
-__all__ = ["GRID", "Cost", "selection_cost", "selection_summary", "selection_table"]
+__all__ = ["GRID", "Cost", "Watch", "selection_cost", "selection_summary", "selection_table", "watched"]
 
 GRID = Grid(t=8, h=32, w=32)
 
@@ -55,37 +55,54 @@ class Cost:
         return self.select / self.attend
 
 
-class _Watch:
-    """Seconds since the start of a call: where its attention began and ended, and what packing took before."""
+class Watch:
+    """Seconds of the calls of attention sites: choosing their maps, packing before the attention, attending."""
 
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.began = self.ended = self.packed = 0.0
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.select = self.pack = self.attend = 0.0
+        self.mark: float | None = None
+
+    def begin(self) -> None:
+        """A call begins: until its attention does, all but packing is choosing."""
+        self.mark = self.clock()
 
 
 @contextlib.contextmanager
-def _watched() -> Iterator[_Watch]:
+def watched(sites: Iterable[SparseAttention] = (), clock: Callable[[], float] = time.perf_counter) -> Iterator[Watch]:
+    """Clocks in the ops that methods call.
+
+    Args:
+        sites: Whose calls begin by themselves. clock: seconds; on a GPU one that waits for the device.
+    """
     attend, pack = ops.host_order_attention, Blocking.pack
-    watch = _Watch()
+    watch = Watch(clock)
 
     def _timed_attention(*args: Any, **options: Any) -> Any:
-        watch.began = time.perf_counter() - watch.start
+        start = clock()
+        if watch.mark is not None:
+            watch.select += start - watch.mark
+        watch.mark = None
         found = attend(*args, **options)
-        watch.ended = time.perf_counter() - watch.start
+        watch.attend += clock() - start
         return found
 
     def _timed_pack(self: Blocking, x: torch.Tensor) -> torch.Tensor:
-        start = time.perf_counter()
+        start = clock()
         found = pack(self, x)
-        watch.packed += 0.0 if watch.began else time.perf_counter() - start
+        if watch.mark is not None:
+            spent = clock() - start
+            watch.pack, watch.mark = watch.pack + spent, watch.mark + spent
         return found
 
     ops.host_order_attention, Blocking.pack = _timed_attention, _timed_pack  # type: ignore[method-assign]
+    handles = [site.register_forward_pre_hook(lambda *_: watch.begin()) for site in sites]
     try:
-        watch.start = time.perf_counter()
         yield watch
     finally:
         ops.host_order_attention, Blocking.pack = attend, pack  # type: ignore[method-assign]
+        for handle in handles:
+            handle.remove()
 
 
 class _Line:
@@ -118,9 +135,10 @@ class _Line:
     def once(self) -> tuple[float, float, float]:
         """Seconds of choosing, packing, attending."""
         sample = self.sample
-        with torch.no_grad(), _watched() as watch:
+        with torch.no_grad(), watched() as watch:
+            watch.begin()
             self.module.core(sample.q, sample.k, sample.v, None, self.call)
-        return watch.began - watch.packed, watch.packed, watch.ended - watch.began
+        return watch.select, watch.pack, watch.attend
 
 
 def selection_cost(

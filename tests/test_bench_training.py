@@ -1,0 +1,53 @@
+"""The benchmark of a training step on a video of a few tokens: every figure is there, and nothing needs a GPU."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return runpy.run_path(str(ROOT / "scripts" / "bench_training.py"))
+
+
+def test_a_small_run(script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setitem(script["main"].__globals__, "in_own_process", lambda _, *x: asked.append(x) or str(len(asked)))
+    given = ["--grid=2x8x8", "--layers=1", "--heads=1", "--head-dim=32", "--densities", "0.5", "--rounds=1"]
+    given += [
+        f"--out={tmp_path}",
+        f"--record={tmp_path / 'measured.json'}",
+        "--device=cpu",
+        "--methods",
+        "dense",
+        "vsa",
+    ]
+    monkeypatch.setattr("sys.argv", ["bench_training.py", *given])
+    script["main"]()
+    report = json.loads((tmp_path / "bench_training.json").read_text())
+    assert json.loads((tmp_path / "measured.json").read_text())["training"] == report
+    assert [(x["method"], x["checkpointing"], x["bytes"]) for x in report["memory"]] == [
+        ("dense", False, 1), ("vsa", False, 2), ("dense", True, 3), ("vsa", True, 4),
+    ]  # fmt: skip
+    assert all(x["counted"] > 0 for x in report["memory"])
+    times = {(x["method"], x["checkpointing"]): x for x in report["times"]}
+    assert len(times) == 4
+    assert all(x["ratio"] == 1 and x["choosing"] == 0 for (key, _), x in times.items() if key == "dense")
+    assert all(x["density"] == 0.5 and 0 < x["choosing"] < 1 for (key, _), x in times.items() if key == "vsa")
+
+
+def test_a_child_prints_its_peak(
+    script: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--memory", "vsa", "0.5", "1", "--grid=2x8x8", "--layers=1", "--heads=1", "--head-dim=32", "--device=cpu"]
+    monkeypatch.setattr("sys.argv", ["bench_training.py", *given])
+    script["main"]()
+    assert int(capsys.readouterr().out) >= 0
