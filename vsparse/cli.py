@@ -273,6 +273,7 @@ def generate(
 def finetune(
     settings: Annotated[Path | None, typer.Argument(metavar="FILE", help="Settings, TOML or YAML.")] = None,
     example: Annotated[bool, typer.Option("--example", help="Print a file that explains every setting.")] = False,
+    predict: Annotated[bool, typer.Option("--predict", help="Say what memory and time it will need.")] = False,
 ) -> None:
     """Train a model with sparse attention on your videos; the same command goes on with a run that was stopped.
 
@@ -287,6 +288,15 @@ def finetune(
     if settings is None:
         raise ValueError("give a settings file; `vsparse finetune --example` prints one to start from")
     told = settings_file.read(settings)
+    if predict:
+        from vsparse.training import predict_report
+
+        _quiet()
+        with console.status("running a step without values"):
+            tables = predict_report.tables(told)
+        for table in tables:
+            console.print(table)
+        return
     from vsparse.training.loop import make_accelerator
     from vsparse.training.progress import Shown
 

@@ -106,6 +106,16 @@ class TrainingHost(Protocol):
             ValueError: no; the message names the nearest sizes that are.
         """
 
+    def blank(self, frames: int, height: int, width: int, *, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latents and text features in the shapes of `encode_video` and `encode_text`, made without an encoder.
+
+        Returns:
+            Zeros, float32; masks are ones.
+
+        Raises:
+            ValueError: a size that `check_size` refuses.
+        """
+
     def encode_text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Text features as the pipeline makes them; ``""`` is the caption of a sample whose text is dropped.
 

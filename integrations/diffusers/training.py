@@ -76,6 +76,20 @@ class _Side:
 
     # ---- features -------------------------------------------------------------------------------------------------
 
+    def blank(self, frames: int, height: int, width: int, *, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Shapes from the configuration of the transformer and the pipeline's own numbers."""
+        self.check_size(frames, height, width)
+        temporal, spatial = self.pipe.vae_scale_factor_temporal, self.pipe.vae_scale_factor_spatial
+        sizes = ((frames - 1) // temporal + 1, height // spatial, width // spatial)
+        config = self._transformer().config
+        latents = self._layout(torch.zeros(batch, config.out_channels, *sizes)).contiguous()
+        named = zip(self.text_names, self._text_shapes(config), strict=True)
+        return latents, {name: (torch.ones if "mask" in name else torch.zeros)(batch, *shape) for name, shape in named}
+
+    def _text_shapes(self, config: Any) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the text features of one sample, in the order of ``text_names``."""
+        return ((self._text_slots(), config.text_embed_dim),)
+
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """The pipeline's own embeddings and masks."""
@@ -172,6 +186,9 @@ class _Wan(_Side):
         mean, std = (latents.new_tensor(x).view(1, -1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
         return mean, 1.0 / std
 
+    def _text_shapes(self, config: Any) -> tuple[tuple[int, ...], ...]:
+        return ((self._text_slots(), config.text_dim),)
+
     def _arguments(self, noisy: Tensor, timestep: Tensor) -> dict[str, Any]:
         if self.pipe.config.expand_timesteps:
             # No condition frame: the same timestep for every token.
@@ -194,6 +211,10 @@ class _HunyuanVideo(_Side):
         found: tuple[Tensor, ...] = self.pipe.encode_prompt(captions, max_sequence_length=self._text_slots())
         return found
 
+    def _text_shapes(self, config: Any) -> tuple[tuple[int, ...], ...]:
+        slots = self._text_slots()
+        return (slots, config.text_embed_dim), (config.pooled_projection_dim,), (slots,)
+
     def _arguments(self, noisy: Tensor, timestep: Tensor) -> dict[str, Any]:
         guidance = torch.full((len(noisy),), self.guidance, dtype=noisy.dtype, device=noisy.device) * 1000.0
         return {**super()._arguments(noisy, timestep.float()), "guidance": guidance}
@@ -213,6 +234,10 @@ class _HunyuanVideo15(_Side):
     def _prompt(self, captions: list[str]) -> tuple[Tensor, ...]:
         found: tuple[Tensor, ...] = self.pipe.encode_prompt(captions, batch_size=len(captions))
         return found
+
+    def _text_shapes(self, config: Any) -> tuple[tuple[int, ...], ...]:
+        first, second = self.pipe.tokenizer_max_length, self.pipe.tokenizer_2_max_length
+        return (first, config.text_embed_dim), (first,), (second, config.text_embed_2_dim), (second,)
 
     def _arguments(self, noisy: Tensor, timestep: Tensor) -> dict[str, Any]:
         dtype, device = noisy.dtype, noisy.device

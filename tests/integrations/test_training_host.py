@@ -315,6 +315,23 @@ def test_encoding_refuses(pixels: Tensor, words: str) -> None:
         training_host(build("wan")[0]).encode_video(pixels)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blank_features_have_the_shapes_of_real_ones(family: str) -> None:
+    """Also where the encoders are not there; masks hide nothing, so that every token is computed."""
+    pipe, _ = build(family)
+    side, pixels = training_host(pipe), video(family, batch=2)
+    latents, text = side.encode_video(pixels), side.encode_text([CAPTION, "a cat"])
+    for name in ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"):
+        if getattr(pipe, name, None) is not None:
+            setattr(pipe, name, None)
+    blank, features = side.blank(*pixels.shape[2:], batch=2)
+    assert (blank.shape, blank.dtype, blank.is_contiguous()) == (latents.shape, latents.dtype, True)
+    assert {name: x.shape for name, x in features.items()} == {name: x.shape for name, x in text.items()}
+    assert all(bool(x.all()) for name, x in features.items() if "mask" in name)
+    with pytest.raises(ValueError, match="height must be"):
+        side.blank(pixels.shape[2], 1, pixels.shape[4], batch=1)
+
+
 # ---- sizes and experts -------------------------------------------------------------------------------------------
 
 
@@ -424,5 +441,14 @@ def test_missing_parts_are_named() -> None:
 def test_protocol_is_complete() -> None:
     """The host's class has everything that the protocol promises."""
     promised = {name for name in vars(TrainingHost) if not name.startswith("_")}
-    assert promised == {"check_size", "decode_video", "encode_text", "encode_video", "expert", "experts", "forward"}
+    assert promised == {
+        "blank",
+        "check_size",
+        "decode_video",
+        "encode_text",
+        "encode_video",
+        "expert",
+        "experts",
+        "forward",
+    }
     assert promised <= set(dir(type(training_host(build("wan")[0]))))

@@ -112,7 +112,7 @@ class MethodSettings:
 
     def __post_init__(self) -> None:
         if self.key == "none":
-            if self != MethodSettings(key="none"):
+            if dc.astuple(self)[1:] != dc.astuple(MethodSettings())[1:]:
                 raise ValueError('method: key "none" takes no other setting')
             return
         method = get_method(self.key)().replace(**self.options)

@@ -18,9 +18,9 @@ from vsparse.training.draws import Draws
 from vsparse.training.ramp import DensityRamp
 from vsparse.training.settings import MethodSettings, ModelSettings
 
-__all__ = ["Student", "load_student"]
+__all__ = ["DTYPES", "Student", "load_student", "make_ready"]
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dc.dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,6 +54,25 @@ def load_student(model: ModelSettings, method: MethodSettings, *, device: torch.
     transformer = getattr(pipe, model.transformer, None)
     if transformer is None:
         raise ValueError(f"model: {model.path} has no {model.transformer}; it has {', '.join(_transformers(pipe))}")
+    patch, added = make_ready(transformer, model, method, seed=seed)
+    return Student(
+        pipe=pipe,
+        name=model.transformer,
+        transformer=transformer,
+        patch=patch,
+        added=added,
+        low_rank=model.train == "lora",
+    )
+
+
+def make_ready(
+    transformer: Any, model: ModelSettings, method: MethodSettings, *, seed: int
+) -> tuple[Patch | None, tuple[str, ...]]:
+    """Put LoRA and the method in and mark what learns; the patch, and the names of the method's parameters.
+
+    Raises:
+        ValueError: a method that cannot be trained, or nothing to learn.
+    """
     transformer.requires_grad_(model.train == "full")
     if model.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -71,14 +90,7 @@ def load_student(model: ModelSettings, method: MethodSettings, *, device: torch.
     added = tuple(name for name, parameter in transformer.named_parameters() if id(parameter) in ids)
     if model.train == "method" and not added:
         raise ValueError(f'model: train "method" leaves nothing to learn: {method.key!r} adds no parameters')
-    return Student(
-        pipe=pipe,
-        name=model.transformer,
-        transformer=transformer,
-        patch=patch,
-        added=added,
-        low_rank=model.train == "lora",
-    )
+    return patch, added
 
 
 def _load(model: ModelSettings, device: torch.device) -> Any:
@@ -86,7 +98,7 @@ def _load(model: ModelSettings, device: torch.device) -> Any:
     diffusers = require("diffusers", "diffusers")
     require("transformers", "diffusers")
     check_pipeline(model.path)
-    frozen = _DTYPES[model.frozen] if device.type == "cuda" else torch.float32
+    frozen = DTYPES[model.frozen] if device.type == "cuda" else torch.float32
     dtypes = {"default": frozen, model.transformer: torch.float32 if model.train == "full" else frozen}
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(model.path, torch_dtype=dtypes)
