@@ -28,6 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("reference",),
     ("ops",),
     ("select", "schedule", "state", "steps", "fingerprint", "wrapping"),
+    ("parallel",),
     ("methods",),
     ("profile", "adapter", "cost", "runtime"),
     ("host",),

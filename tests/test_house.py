@@ -62,7 +62,7 @@ def test_library_keeps(rule: Rule) -> None:
         (floors, "vsparse/geometry.py", "from .ops import merge_attention"),
         (floors, "vsparse/ops.py", "from vsparse.kernels.cpu import forward"),
         (floors, VSA, "from ..patch import apply"),
-        (floors, VSA, "from vsparse.parallel import ring"),
+        (floors, "vsparse/parallel/ring.py", "from vsparse.methods import Call"),
         (floors, "vsparse/parallel/ring.py", "from vsparse.methods.base import Call"),
         (floors, "vsparse/helpers.py", ""),
         (floors, "vsparse/__init__.py", "from vsparse.cli import main"),

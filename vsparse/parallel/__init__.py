@@ -1,0 +1,1 @@
+"""One video over several processes: who holds which heads and tokens, and what they send to each other."""

@@ -1,0 +1,162 @@
+"""What processes that share one video send to each other: collectives with exact gradients, counted in bytes.
+
+Every collective here is an all-to-all of bytes: uneven parts and several tensors of several dtypes travel in one call,
+gloo and NCCL offer it alike, and sums are formed on arrival in the order of the ranks, so that two runs are equal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses as dc
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["ALONE", "Adjoint", "Group", "all_to_all", "counted_traffic", "gather", "note_traffic", "total"]
+
+Adjoint = Literal["each", "once"]
+"""Of a result that every process gets: "each" process goes on with it in its own way, and what they want of it adds up;
+or all go on in the same way, to one loss, which counts "once"."""
+
+
+@dc.dataclass(frozen=True, eq=False, kw_only=True)
+class Group:
+    """Some processes, numbered.
+
+    Args:
+        size: How many. rank: the number of this one. handle: of torch.distributed; None for a process alone.
+        name: For messages and for the count of bytes.
+    """
+
+    size: int
+    rank: int
+    handle: dist.ProcessGroup | None
+    name: str = "group"
+
+
+ALONE = Group(size=1, rank=0, handle=None, name="alone")
+
+_COUNTERS: list[Counter[str]] = []
+
+
+@contextlib.contextmanager
+def counted_traffic() -> Iterator[Counter[str]]:
+    """Count the bytes that this process sends to others, by what they were sent for."""
+    counter: Counter[str] = Counter()
+    _COUNTERS.append(counter)
+    try:
+        yield counter
+    finally:
+        _COUNTERS.remove(counter)
+
+
+def note_traffic(what: str, amount: int) -> None:
+    """Add bytes that this process sends to others."""
+    for counter in _COUNTERS:
+        counter[what] += amount
+
+
+def all_to_all(
+    group: Group, tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]], *, what: str
+) -> tuple[Tensor, ...]:
+    """Send tensors to every process of a group, and receive as many; differentiable.
+
+    Args:
+        group: Who takes part; all must call.
+        tensors: ``size * n`` of them, those for process 0 first. The i-th of each process's n has one dtype everywhere.
+        shapes: Of what comes, ``size * n``, those from process 0 first.
+        what: It is for; see `counted_traffic`.
+
+    Returns:
+        What came, in the order of ``shapes``; on the device of what was sent.
+    """
+    if group.size == 1:
+        return tuple(tensors)
+    return tuple(_AllToAll.apply(group, tuple(map(tuple, shapes)), what, *tensors))  # type: ignore[no-untyped-call]
+
+
+def gather(group: Group, x: Tensor, sizes: Sequence[int], *, dim: int, what: str, adjoint: Adjoint = "each") -> Tensor:
+    """The parts of all processes side by side; differentiable.
+
+    Args:
+        group: Who takes part. x: the part of this process. sizes: of all parts along ``dim``, by rank.
+        what: It is for. adjoint: see `Adjoint`.
+    """
+    if group.size == 1:
+        return x
+    return _Gather.apply(group, x, tuple(sizes), dim, what, adjoint)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def total(group: Group, x: Tensor, *, what: str, adjoint: Adjoint = "each") -> Tensor:
+    """The sum of the tensors of all processes, equal to the bit on each; differentiable."""
+    if group.size == 1:
+        return x
+    return gather(group, x[None], (1,) * group.size, dim=0, what=what, adjoint=adjoint).sum(0)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: Group, shapes: tuple[tuple[int, ...], ...], what: str, *tensors: Tensor) -> Any:
+        ctx.group, ctx.what, ctx.sent = group, what, tuple(tuple(x.shape) for x in tensors)
+        return _send(group, tensors, shapes, what)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, None, None, *_send(ctx.group, grads, ctx.sent, ctx.what)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, group: Group, x: Tensor, sizes: tuple[int, ...], dim: int, what: str, adjoint: Adjoint
+    ) -> Tensor:
+        ctx.group, ctx.sizes, ctx.dim, ctx.what, ctx.adjoint = group, sizes, dim % x.ndim, what, adjoint
+        shapes = [(*x.shape[: ctx.dim], size, *x.shape[ctx.dim + 1 :]) for size in sizes]
+        return torch.cat(_send(group, [x] * group.size, shapes, what), ctx.dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        parts = grad.split(ctx.sizes, ctx.dim)
+        mine = parts[ctx.group.rank]
+        if ctx.adjoint == "each":
+            came = _send(ctx.group, parts, [mine.shape] * ctx.group.size, ctx.what)
+            mine = torch.stack(came).sum(0)
+        return None, mine.contiguous(), None, None, None, None
+
+
+def _send(group: Group, tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]], what: str) -> tuple[Tensor, ...]:
+    each = len(tensors) // group.size
+    dtypes = [x.dtype for x in tensors[:each]]
+    flat = [_as_bytes(x) for x in tensors]
+    out_sizes = [sum(map(len, flat[each * i : each * (i + 1)])) for i in range(group.size)]
+    lengths = [_padded(_numel(shape) * dtypes[i % each].itemsize) for i, shape in enumerate(shapes)]
+    in_sizes = [sum(lengths[each * i : each * (i + 1)]) for i in range(group.size)]
+    outgoing = torch.cat(flat)
+    incoming = outgoing.new_empty(sum(in_sizes))
+    note_traffic(what, sum(out_sizes) - out_sizes[group.rank])
+    dist.all_to_all_single(incoming, outgoing, in_sizes, out_sizes, group=group.handle)
+    found = []
+    for i, (piece, shape) in enumerate(zip(incoming.split(lengths), shapes, strict=True)):
+        dtype = dtypes[i % each]
+        found.append(piece[: _numel(shape) * dtype.itemsize].view(dtype).view(tuple(shape)))
+    return tuple(found)
+
+
+_ALIGNED = 16  # bytes, so that every piece of a buffer can be seen in its dtype
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNED) * _ALIGNED
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    data = x.detach().contiguous().view(-1).view(torch.uint8)
+    return torch.nn.functional.pad(data, (0, _padded(len(data)) - len(data)))
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()
