@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vsparse.fingerprint import Fingerprint
 from vsparse.geometry import Grid
 from vsparse.methods import Site, SparseAttention
+from vsparse.parallel.division import Division
 from vsparse.runtime import Reading, Runtime
 from vsparse.steps import StepSource
 
@@ -75,6 +76,13 @@ class HostAdapter(Protocol):
 
     def unlisten(self, module: nn.Module) -> None:
         """Undo `listen` in a copied root."""
+
+    def divide(self, root: Root, division: Division) -> Callable[[], None]:
+        """Have the tokens of one root divided between processes as ``division.cut`` says; returns the undo.
+
+        Raises:
+            NotImplementedError: a model that reads tokens outside of its attention.
+        """
 
     def placement(self, module: nn.Module) -> tuple[torch.device, torch.dtype]:
         """Device and compute dtype for parameters that are added to an attention module."""

@@ -17,6 +17,8 @@ from vsparse import adapter
 from vsparse.fingerprint import Fingerprint
 from vsparse.host import Claim, HostAdapter, Root, find_roots, hosts
 from vsparse.methods import Method, SparseAttention
+from vsparse.parallel.context import ContextParallel, agree, open_groups
+from vsparse.parallel.division import Division
 from vsparse.planning import Plan, make_plan, resolve_method, resolve_schedule
 from vsparse.runtime import Runtime
 from vsparse.schedule import Schedule
@@ -189,6 +191,7 @@ def apply(
     /,
     *,
     schedule: Schedule | None = None,
+    parallel: ContextParallel | None = None,
     strict: bool = True,
     **overrides: Any,
 ) -> Patch:
@@ -200,6 +203,7 @@ def apply(
         target: A diffusers pipeline (all its video transformers at once) or one transformer.
         method: A registry key ("vsa") or a `Method`.
         schedule: When layers are sparse; None: the method's published schedule.
+        parallel: Share each video between processes; all of them must call this with the same arguments.
         strict: True: refuse whatever cannot run sparse, with every reason. False: run that dense, count it in
             ``stats()`` and warn once.
         **overrides: Fields of the method, e.g. ``density=0.125``.
@@ -228,11 +232,15 @@ def apply(
             f"cannot patch {type(target).__name__} with {method.key!r}:\n  - " + "\n  - ".join(rows)
         )
     _refuse_sharded(roots, made)
+    divisions = _divisions(roots, made, parallel)
     tracker = Tracker(None)
     undo: list[Callable[[], None]] = []
     try:
         tracker.source = host.source(target)
-        runtimes = [_install(host, root, made, tracker, strict, undo) for root in roots]
+        runtimes = [
+            _install(host, root, made, tracker, strict, division, undo)
+            for root, division in zip(roots, divisions, strict=True)
+        ]
     except BaseException:
         for step in reversed(undo):
             step()
@@ -256,8 +264,33 @@ def _refuse_sharded(roots: list[Root], made: Plan) -> None:
         )
 
 
+def _divisions(roots: list[Root], made: Plan, parallel: ContextParallel | None) -> list[Division]:
+    """The division of each root, once all processes have said that they want the same."""
+    setting = ContextParallel() if parallel is None else parallel
+    found = []
+    for root in roots:
+        least = min((claim.site.heads for claim in root.claims), default=0)
+        if setting.ulysses > least:
+            raise ValueError(
+                f"context parallel: {root.name} has {least} heads, fewer than ulysses={setting.ulysses}; share tokens, "
+                f"too: ulysses={least} with ring or gather"
+            )
+        device = next((x.device for x in root.module.parameters()), torch.device("cpu"))
+        groups = open_groups(setting, device)
+        told = {"method": (made.method.key, made.method.options()), "schedule": made.schedule, "model": root.name}
+        agree(groups.all, "vsparse.apply", {**told, "parallel": str(setting), "sites": len(root.claims)})
+        found.append(Division(setting, groups))
+    return found
+
+
 def _install(
-    host: HostAdapter, root: Root, made: Plan, tracker: Tracker, strict: bool, undo: list[Callable[[], None]]
+    host: HostAdapter,
+    root: Root,
+    made: Plan,
+    tracker: Tracker,
+    strict: bool,
+    division: Division,
+    undo: list[Callable[[], None]],
 ) -> Runtime:
     claims = [claim for claim in root.claims if f"{root.name}.{claim.site.name}" not in made.skipped]
     sites = []
@@ -276,6 +309,7 @@ def _install(
         intact=host.intact,
         placement=host.placement,
         strict=strict,
+        division=division,
         skipped={
             claim.site.name: (claim.site.heads, "; ".join(made.skipped[f"{root.name}.{claim.site.name}"]))
             for claim in root.claims
@@ -287,6 +321,8 @@ def _install(
     after = root.module.register_forward_hook(runtime.after, with_kwargs=True, always_call=True)
     undo.append(after.remove)
     undo.append(host.listen(root, runtime))
+    if not division.alone:
+        undo.append(host.divide(root, division))
     root.module.__dict__[_ATTRIBUTE] = runtime
     undo.append(functools.partial(root.module.__dict__.pop, _ATTRIBUTE))
     return runtime

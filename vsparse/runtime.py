@@ -19,6 +19,8 @@ from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid
 from vsparse.layouts import Blocking, Layout
 from vsparse.methods.base import Call, Method, Site, SparseAttention, static_maps
+from vsparse.parallel.division import Division
+from vsparse.parallel.share import Cut, Share
 from vsparse.schedule import Phase, Schedule
 from vsparse.state import Version
 from vsparse.steps import Tracker, Where
@@ -52,8 +54,15 @@ class _Record:
     """Everything one forward bound to its sites: what a recomputation needs back."""
 
     bound: list[tuple[SparseAttention, Phase, Call, Version]]
+    division: Division
+    cut: Cut | None
+
+    def heads(self, site: SparseAttention) -> int:
+        call = next(call for module, _, call, _ in self.bound if module is site)
+        return call.share.heads_of(site.site.heads)
 
     def restore(self, *, again: bool = False) -> None:
+        self.division.cut = self.cut
         for module, phase, call, version in self.bound:
             module.phase, module.call = phase, call
             module.state.bind(version, again=again)
@@ -75,11 +84,12 @@ class Runtime:
         intact: Callable[[nn.Module, SparseAttention], str | None],
         placement: Callable[[nn.Module], tuple[torch.device, torch.dtype]],
         strict: bool,
+        division: Division,
         skipped: Mapping[str, tuple[int, str]] | None = None,
     ) -> None:
         self.name, self.sites, self.method, self.schedule = name, list(sites), method, schedule
         self.tracker, self.read, self.bind, self.intact = tracker, read, bind, intact
-        self.placement, self.strict = placement, strict
+        self.placement, self.strict, self.division = placement, strict, division
         self.skipped = dict(skipped or {})
         self.siblings: list[Runtime] = []
         self.patch: Any = None
@@ -163,17 +173,20 @@ class Runtime:
         trim = self._trim(reading)
         calls: dict[object, Call] = {}
         bound = []
+        self.division.begin(reading.grid, reading.batch, reading.device)
         for site in self.sites:
             layout = self._layout(reading.grid, site, reading.device)
             static = self._static(layout, site)
             density = self._density(module, site)
-            call = calls.get((layout.key, static, density))
+            share = self.division.share(site.site.layer, site.site.heads)
+            call = calls.get((layout.key, static, density, share))
             if call is None:
                 blocking = layout.bind(reading.text_length)
-                call = calls[layout.key, static, density] = Call(
+                call = calls[layout.key, static, density, share] = Call(
                     layout=layout,
                     blocking=blocking,
-                    static=None if static is None else dc.replace(static, q=blocking, k=blocking),
+                    static=None if static is None else _bound(static, blocking, site, share),
+                    share=share,
                     text_length=reading.text_length,
                     step=step,
                     density=torch.full((), density, dtype=torch.float64, device=reading.device),
@@ -182,7 +195,7 @@ class Runtime:
             phase: Phase = "dense" if against else self._phase(site, where, branch)
             bound.append((site, phase, call, site.version(_key(site, branch))))
             site.ran = False
-        record = _Record(bound)
+        record = _Record(bound, self.division, self.division.cut)
         record.restore()
         self._now = (where, branch, record, _token_pairs(reading))
 
@@ -330,7 +343,7 @@ class Runtime:
                 total = self.pairs.get(site.site.name)
                 self.pairs[site.site.name] = pairs if total is None else total + pairs
             else:
-                self.dense_pairs = self.dense_pairs + dense * site.site.heads
+                self.dense_pairs = self.dense_pairs + dense * record.heads(site)
             if phase in site.method.state_phases:
                 site.state.commit(_key(site, branch), where.step)
 
@@ -365,6 +378,7 @@ class Runtime:
             intact=self.intact,
             placement=self.placement,
             strict=self.strict,
+            division=copy.deepcopy(self.division, memo),
             skipped=self.skipped,
         )
         memo[id(self)] = twin
@@ -381,6 +395,13 @@ def _longest(reading: Reading) -> int:
     length = reading.text_length
     assert length is not None
     return reading.grid.text if isinstance(length, FakeTensor) else int(length.max())
+
+
+def _bound(static: BlockMap, blocking: Blocking, site: SparseAttention, share: Share) -> BlockMap:
+    """A static map of the heads of this process, with the text lengths of a call."""
+    if static.index.shape[1] > 1 and site.method.static_by_head:
+        static = dc.replace(static, index=share.own_heads(static.index, 1), count=share.own_heads(static.count, 1))
+    return dc.replace(static, q=blocking, k=blocking)
 
 
 def _token_pairs(reading: Reading) -> Tensor | float:

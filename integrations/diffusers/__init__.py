@@ -16,16 +16,18 @@ from vsparse.geometry import Grid
 from vsparse.host import Claim, Root, TrainingHost
 from vsparse.methods import Site, SparseAttention
 from vsparse.optional import require
+from vsparse.parallel.division import Division
 from vsparse.runtime import Reading, Runtime
 from vsparse.steps import StepSource
 
-from . import processors
+from . import cutting, processors
 from .hosts import HOSTS, Host, host_of
 from .tracking import DiffusersSteps, Listener, detach
 from .training import training_side
 
 __all__ = [
     "bind",
+    "divide",
     "fingerprint",
     "grid",
     "install",
@@ -156,6 +158,11 @@ def unlisten(module: nn.Module) -> None:
     """Undo `listen`, in a copied root too."""
     detach(module)
     processors.forget(module)
+
+
+def divide(root: Root, division: Division) -> Callable[[], None]:
+    """Cut tokens where a root takes them in, and put its output together."""
+    return cutting.attach(root.module, _host(root.module), division)
 
 
 def placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vsparse.geometry import Grid
 from vsparse.runtime import Reading
 
-__all__ = ["HOSTS", "Host", "Text", "host_of"]
+__all__ = ["HOSTS", "Host", "Place", "Text", "host_of"]
 
 
 @dc.dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,6 +35,21 @@ def _no_text(_: Mapping[str, Any]) -> Text:
 
 
 @dc.dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where the tokens of a video are cut when several processes share it.
+
+    Args:
+        path: Pattern of the modules' dotted names; "" is the root. inputs: dimension of the tokens in an input, which
+            is a tensor or a tuple of them, by the name of the argument. output: the dimension in the output; None: it
+            is not cut.
+    """
+
+    path: str
+    inputs: Mapping[str, int] = dc.field(default_factory=dict)
+    output: int | None = None
+
+
+@dc.dataclass(frozen=True, kw_only=True)
 class Host:
     """A family of models that is entered in one way.
 
@@ -46,6 +61,8 @@ class Host:
         patch: Reads the patch size (frames, rows, columns). latent: axes of t, h, w in the hidden states.
         vae: Usual compression in time and space.
         usual_text: Text tokens of the family's usual prompts, for plans. pipelines: that run it, for the documentation.
+        cuts: Where tokens are cut for several processes. joined: the module whose output ``[B, tokens, dim]`` is put
+            together again. undivided: Why a model cannot be cut, None when it can.
     """
 
     family: str
@@ -59,6 +76,9 @@ class Host:
     vae: tuple[int, int] = (4, 8)
     usual_text: int = 0
     pipelines: tuple[str, ...] = ()
+    cuts: tuple[Place, ...] = ()
+    joined: str = "proj_out"
+    undivided: Callable[[nn.Module], str | None] = lambda _: None
 
     def sites(self, module: nn.Module) -> list[tuple[str, nn.Module]]:
         """Attention modules with their dotted names, in layer order; ``torch.compile`` around a block adds no name."""
@@ -101,6 +121,13 @@ def _two(module: nn.Module) -> tuple[int, int, int]:
     return config.patch_size_t or 1, config.patch_size, config.patch_size
 
 
+def _replaces_tokens(module: nn.Module) -> str | None:
+    config: Any = module.config
+    if getattr(config, "image_condition_type", None) != "token_replace":
+        return None
+    return "its blocks count the tokens of the first frame (image_condition_type='token_replace')"
+
+
 def _valid(mask: Tensor) -> Tensor:
     return mask.ne(0).sum(1, dtype=torch.int32)
 
@@ -131,6 +158,12 @@ HOSTS: tuple[Host, ...] = (
         paths=(r"blocks\.\d+\.attn1", r"vace_blocks\.\d+\.attn1"),
         processors=("WanAttnProcessor", "WanAttnProcessor2_0"),
         patch=_three,
+        cuts=(
+            Place(path="", inputs={"timestep": 1}),  # of Wan 2.2 5B, one for each token
+            Place(path="rope", output=1),
+            Place(path=r"blocks\.0", inputs={"hidden_states": 1}),
+            Place(path=r"vace_blocks\.\d+", inputs={"hidden_states": 1, "control_hidden_states": 1}),
+        ),
         pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline"),
     ),
     Host(
@@ -142,6 +175,8 @@ HOSTS: tuple[Host, ...] = (
         side="after",
         text=_padded,
         usual_text=256,
+        cuts=(Place(path="rope", output=0), Place(path="x_embedder", output=1)),
+        undivided=_replaces_tokens,
         pipelines=("HunyuanVideoPipeline",),
     ),
     Host(
@@ -154,6 +189,7 @@ HOSTS: tuple[Host, ...] = (
         text=_three_streams,
         vae=(4, 16),
         usual_text=1985,
+        cuts=(Place(path="rope", output=0), Place(path="x_embedder", output=1)),
         pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
     ),
     Host(
@@ -166,6 +202,7 @@ HOSTS: tuple[Host, ...] = (
         text=_unpadded,
         latent=(1, 3, 4),
         usual_text=226,
+        cuts=(Place(path="", inputs={"image_rotary_emb": 0}), Place(path="patch_embed", output=1)),
         pipelines=("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline"),
     ),
 )

@@ -126,14 +126,16 @@ def _attend(
     site = _slot().site
     if site is None or site.call is None:
         return dense(query, key, value, mask)
-    call, tokens = site.call, site.call.grid.tokens
+    call, share = site.call, site.call.share
+    tokens = share.tokens(call.grid)
     if odd:
         raise NotImplementedError(
             f"{site.site.name}: the host asks for {', '.join(odd)}, which vsparse does not honour"
         )
     if query.shape[1] != tokens or key.shape[1] != tokens:
         raise ValueError(
-            f"{site.site.name}: attention over {query.shape[1]} x {key.shape[1]} tokens, but {call.grid} has {tokens}"
+            f"{site.site.name}: attention over {query.shape[1]} x {key.shape[1]} tokens, but this process has {tokens} "
+            f"of {call.grid}"
         )
     if isinstance(mask, Tensor):
         known = call.text_length is not None and mask.dtype == torch.bool and mask.shape[1:] == (1, 1, tokens)
@@ -143,10 +145,11 @@ def _attend(
                 "the bool [B, 1, 1, N] mask that hides padded text"
             )
     if site.phase == "dense":
-        if mask is None or call.trim is None:
+        if share.alone and (mask is None or call.trim is None):
             return dense(query, key, value, mask)
+        query, key, value = share.exchange(query, key, value)
         size, valid = call.keys(query.shape[0])
-        return dense(query, key[:, :size], value[:, :size], valid)
+        return share.restore(dense(query, key[:, :size], value[:, :size], valid))[0]
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

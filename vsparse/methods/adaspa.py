@@ -106,11 +106,11 @@ class AdaSpaAttention(SparseAttention):
         if self.phase == "search":
             out, lse, mass = ops.search_attention(q, k, v, blocking)
             self.state.stage("lse", lse)
-            self.state.stage("bits", self._choose(mass, blocking).to_bits())
+            self.state.stage("bits", self._choose(mass, call).to_bits())
             self.tally(BlockMap.full(blocking), q.shape[0])
             return blocking.unpack(out), ()
         if self.phase == "refresh":
-            blocks = self._choose(ops.block_mass(q, k, self.state.read("lse"), blocking), blocking)
+            blocks = self._choose(ops.block_mass(q, k, self.state.read("lse"), blocking), call)
             self.state.stage("bits", blocks.to_bits())
         else:
             blocks = BlockMap.from_bits(self.state.read("bits"), blocking, capacity=self._capacity(blocking))
@@ -122,15 +122,16 @@ class AdaSpaAttention(SparseAttention):
         video = blocking.layout.video_tiles  # type: ignore[union-attr]
         return kept_blocks(self.method.density + self.method.spread, video) + blocking.blocks - video
 
-    def _choose(self, mass: Tensor, blocking: Blocking) -> BlockMap:
+    def _choose(self, mass: Tensor, call: Call) -> BlockMap:
         """Row-uniform top-k of the mass with a budget per head."""
-        method = self.method
+        method, blocking, share = self.method, call.blocking, call.share
         video = blocking.layout.video_tiles  # type: ignore[union-attr]
         forced = select.forced_text(blocking)
         density = torch.full(mass.shape[:2], method.density, dtype=torch.float64, device=mass.device)
         if method.spread > 0.0:
             base = select.top_k(mass, blocking, count=kept_blocks(method.density, video), forced=forced)
-            density = head_densities(_recall(mass, base), method.density, method.spread, method.recall)
+            recall = share.all_heads(_recall(mass, base), 1)  # heads are ranked among all of the layer
+            density = share.own_heads(head_densities(recall, method.density, method.spread, method.recall), 1)
         count = select.budget(density, video)[..., None]
         return select.top_k(mass, blocking, count=count, forced=forced, capacity=self._capacity(blocking))
 

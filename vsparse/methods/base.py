@@ -6,7 +6,7 @@ import abc
 import contextlib
 import dataclasses as dc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, Segment, kept_blocks
 from vsparse.layouts import Blocking, Layout
+from vsparse.parallel.share import ALL, Share
 from vsparse.patterns import Pattern, block_map
 from vsparse.schedule import Phase, Schedule
 from vsparse.state import RunState, Version
@@ -26,6 +27,7 @@ __all__ = [
     "Site",
     "SparseAttention",
     "check_density",
+    "check_hidden",
     "given_hidden",
     "greatest_density",
     "predict_density",
@@ -87,7 +89,8 @@ class Call:
         trim: A tensor whose size is the number of tokens up to the longest valid text, or None when there is no text
             to trim: a size, not a Python int, so that prompts of different length share one graph.
         static: The method's static map, bound to the text lengths; None when it has none.
-        parallel: Context-parallel plan; None until there is one.
+        share: What this process has of the video, of which `core` sees the heads and `combine` the tokens.
+        features: What `SparseAttention.features` has made of the attention input, of all tokens and own heads.
     """
 
     layout: Layout
@@ -97,7 +100,8 @@ class Call:
     density: Tensor
     trim: Tensor | None = None
     static: BlockMap | None = None
-    parallel: object | None = None
+    share: Share = ALL
+    features: tuple[Tensor, ...] = ()
 
     @property
     def grid(self) -> Grid:
@@ -136,8 +140,13 @@ class SparseAttention(nn.Module):
 
     Subclasses implement `core` and, where a branch is added in host order, `combine`. `phase`, `call`, `hidden` and
     `state` are plain attributes, set by the root before each forward.
+
+    Class attributes:
+        aux: What `core` hands to `combine`: "tokens", tensors ``[B, N or video, H, any]`` in host order, or "pooled"
+            ones, ``[B, any, H, any]``, of which each process gets all heads.
     """
 
+    aux: ClassVar[Literal["tokens", "pooled"]] = "pooled"
     phase: Phase
     call: Call | None
     hidden: Tensor | None
@@ -161,13 +170,41 @@ class SparseAttention(nn.Module):
         hidden, self.hidden = self.hidden, None  # a recomputation may stop in here and would leave it behind
         kind = q.device.type
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
-            fine, aux = self.core(q, k, v, hidden, self.call)
+            fine, aux = self.attend(q, k, v, hidden, self.call)
         return self.combine(fine, aux, hidden, self.call)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`core`; with several processes to one video, between an exchange of tokens for heads and the way back."""
+        share = call.share
+        q, k, v, *features = share.exchange(q, k, v, *self.features(q, hidden))
+        if features:
+            call = dc.replace(call, features=tuple(features))
+        fine, aux = self.core(q, k, v, hidden, call)
+        if self.aux == "tokens":
+            fine, *branches = share.restore(fine, *aux)
+            return fine, tuple(branches)
+        return share.restore(fine)[0], tuple(share.all_heads(x, 2) for x in aux)
+
+    def features(self, q: Tensor, hidden: Tensor | None) -> tuple[Tensor, ...]:
+        """What a choice needs besides q, k and v, of every token and head: it comes to `core` as `Call.features`.
+
+        Args:
+            q: ``[B, n, H, D]``. hidden: ``[B, n, dim]``, the attention input; n: the tokens that this process holds.
+
+        Returns:
+            Tensors ``[B, n, H, any]``, with the text around them or without. Default: none.
+        """
+        return ()
 
     def core(
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Pack, select, attend, unpack; without autocast, so ``hidden`` may come in another dtype than q, k and v.
+
+        With several processes to one video q, k and v are of the heads ``call.share.mine`` alone, while ``hidden``
+        holds the tokens of this process.
 
         Returns:
             ``fine [B, N, H, D]`` in host order, and tensors for `combine`.
@@ -201,7 +238,8 @@ class SparseAttention(nn.Module):
 
         Accumulated on the device, read only by ``Patch.stats``.
         """
-        lead = (batch, self.site.heads)
+        share = ALL if self.call is None else self.call.share
+        lead = (batch, share.heads_of(self.site.heads))
         computed, possible = (x.expand(lead).sum() for x in blocks.pairs())
         for part in more:
             computed = computed + part.pairs()[0].expand(lead).sum()
@@ -222,6 +260,7 @@ class Method(abc.ABC):
         exact_phases: phases whose output is full attention.
         search_cost: `search_flops` with the default options as a formula of B, H, D, N (tokens), V (video tokens), S
             (slots), K (video tiles or key clusters), Q (query clusters), P (density of the static map) and options.
+        static_by_head: whether static maps that differ within a layer differ by head.
         advice: when to use it, in one sentence. chooses: whether it leaves pairs out as it stands; False: it computes
             everything until something is trained, calibrated or put together.
     """
@@ -233,6 +272,7 @@ class Method(abc.ABC):
     state_phases: ClassVar[frozenset[str]] = frozenset()
     exact_phases: ClassVar[frozenset[str]] = frozenset({"dense"})
     search_cost: ClassVar[str] = "0"
+    static_by_head: ClassVar[bool] = True
     advice: ClassVar[str] = ""
     chooses: ClassVar[bool] = True
 
@@ -376,6 +416,15 @@ def given_hidden(key: str, hidden: Tensor | None) -> Tensor:
             "reads; choose a method that needs nothing of a site"
         )
     return hidden
+
+
+def check_hidden(key: str, hidden: Tensor, call: Call) -> None:
+    """Refuse an attention input that is not that of the video tokens which this process holds."""
+    expected = call.grid.video if call.share.cut is None else call.share.cut.video
+    if hidden.shape[1] != expected:
+        raise ValueError(
+            f"{key}: the attention input has {hidden.shape[1]} tokens, {call.grid} has {expected} of video"
+        )
 
 
 def recomputed(function: Callable[..., T], /, *inputs: Any) -> T:

@@ -15,7 +15,18 @@ from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Blocking, Layout, TileLayout
 from vsparse.methods import chance
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, given_hidden, recomputed
+from vsparse.methods.base import (
+    Call,
+    Method,
+    Paper,
+    Site,
+    SparseAttention,
+    check_density,
+    check_hidden,
+    given_hidden,
+    recomputed,
+)
+from vsparse.parallel.share import Share
 from vsparse.schedule import Phase
 from vsparse.state import Version
 
@@ -159,34 +170,38 @@ class DSVAttention(SparseAttention):
         """Predict, learn, choose, attend."""
         blocking, grid = call.blocking, call.grid
         hidden = given_hidden(self.method.key, hidden)
-        if hidden.shape[1] != grid.video:
-            raise ValueError(f"dsv: the attention input has {hidden.shape[1]} tokens, {grid} has {grid.video} of video")
+        check_hidden(self.method.key, hidden, call)
         progress = self.state.read("progress").view(torch.float64)
         if self.training and not torch.is_inference_mode_enabled():
             video = slice(grid.text_before, grid.text_before + grid.video)
             self._learn(q.detach()[:, video], k.detach()[:, video], hidden.detach(), call, progress)
         with torch.no_grad():
-            blocks = self._choose(self._low(hidden, q.dtype), call, progress)
+            blocks = self._choose(call.features[0], call, progress)
         self.tally(blocks, q.shape[0])
         packed = [blocking.pack(x.detach()) for x in (q, k, v)]
         return ops.host_order_attention(q, k, v, blocks, packed=packed), ()
 
-    def _low(self, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Predicted queries and keys, ``[B, video, H, rank]`` float32 (float64 for a float64 host)."""
+    def features(self, q: Tensor, hidden: Tensor | None) -> tuple[Tensor, ...]:
+        """The predicted queries and keys."""
+        with torch.no_grad():
+            return (self._low(given_hidden(self.method.key, hidden), q.dtype),)
+
+    def _low(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """Predicted queries and keys of each head, ``[B, n, H, 2 * rank]`` float32 (float64 for a float64 host)."""
         stored = self.predictor.weight.dtype
         # Layerwise casting stores weights in float8 and computes with them in the dtype that q comes in.
         low = self.predictor(hidden.to(dtype if stored.itemsize == 1 else stored))
         low = low if low.dtype == torch.float64 else low.float()
-        q, k = low.unflatten(-1, (2, self.site.heads, self.method.rank)).unbind(2)
-        return q, k
+        pairs: Tensor = low.unflatten(-1, (2, self.site.heads, self.method.rank)).transpose(2, 3)
+        return pairs.flatten(3)
 
     # ---- choosing -------------------------------------------------------------------------------------------------
 
-    def _choose(self, low: tuple[Tensor, Tensor], call: Call, progress: Tensor) -> BlockMap:
+    def _choose(self, low: Tensor, call: Call, progress: Tensor) -> BlockMap:
         """Top-k of the predicted scores with a budget for each head; heads that are not sparse keep everything."""
         method, blocking, grid = self.method, call.blocking, call.grid
         tiles, video = blocking.tiles(), call.layout.video_tiles
-        q_low, k_low = (F.pad(x, (0, 0, 0, 0, grid.text_before, grid.text_after)) for x in low)
+        q_low, k_low = (F.pad(x, (0, 0, 0, 0, grid.text_before, grid.text_after)) for x in low.chunk(2, -1))
         q_low, k_low = blocking.pack(q_low), blocking.pack(k_low)
         middle = torch.arange(tiles.blocks, device=q_low.device) * tiles.block + call.layout.tiled.length[0, 0] // 2
         proxy = q_low.index_select(1, middle)
@@ -195,7 +210,8 @@ class DSVAttention(SparseAttention):
         else:
             keys, side, candidates = ops.block_pool(k_low, tiles), tiles, video
         scores = torch.einsum("bqhd,bkhd->bhqk", proxy, keys)
-        share, full = self._budget(call.density, progress)
+        shares = torch.cat((progress[:2], call.share.own_heads(progress[2:], 0)))
+        share, full = self._budget(call.density, shares)
         forced = full[None, :, None, None]
         text = tiles.text
         if text is not None:
@@ -206,7 +222,7 @@ class DSVAttention(SparseAttention):
             tiles,
             side,
             count=select.budget(share, candidates)[None, :, None],
-            forced=forced.expand(1, self.site.heads, tiles.blocks, side.blocks),
+            forced=forced.expand(1, len(share), tiles.blocks, side.blocks),
             capacity=kept_blocks(self.peak_density, candidates) + side.blocks - candidates,
         )
         if side is tiles:
@@ -234,20 +250,21 @@ class DSVAttention(SparseAttention):
         method = self.method
         token = chance.spread(method.rows, call.grid.video, salt=self.salt, step=progress[0].long())
         with torch.enable_grad():
-            loss, true = recomputed(self._lesson, q, k, hidden, token)
+            loss, true = recomputed(self._lesson, q, k, hidden, token, call.share)
+            loss = call.share.loss(loss * (q.shape[2] / self.site.heads))
         with torch.no_grad():
-            share = _critical(true * q.shape[-1] ** -0.5, call.blocking, method.mass)
+            share = call.share.all_heads(_critical(true * q.shape[-1] ** -0.5, call.blocking, method.mass), 0)
             fresh = torch.cat((loss.detach()[None], share)).double()
             keep = (progress[0] > 0).double() * method.momentum
             averages = keep * progress[1:] + (1.0 - keep) * fresh
             self.state.stage("progress", torch.cat((progress[:1] + 1, averages)).view(torch.int64))
         self.state.hand_out("loss", loss)
 
-    def _lesson(self, q: Tensor, k: Tensor, hidden: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+    def _lesson(self, q: Tensor, k: Tensor, hidden: Tensor, token: Tensor, share: Share) -> tuple[Tensor, Tensor]:
         """The loss, and the true logits of the sampled queries, ``[B, H, R, video]``."""
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         true = torch.einsum("brhd,bkhd->bhrk", q.index_select(1, token).to(wide), k.to(wide))
-        q_low, k_low = self._low(hidden, q.dtype)
+        q_low, k_low = share.exchange(self._low(hidden, q.dtype))[0].chunk(2, -1)
         guess = torch.einsum("brhd,bkhd->bhrk", q_low.index_select(1, token), k_low)
         return _loss(guess, true, self.method.cosine), true
 

@@ -99,6 +99,7 @@ class SLA(Method):
 class SLAAttention(SparseAttention):
     """SLA at one site."""
 
+    aux = "tokens"
     method: SLA
 
     def __init__(self, method: SLA, site: Site) -> None:

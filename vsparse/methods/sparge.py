@@ -15,6 +15,7 @@ from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Blocking, CurveLayout, Layout, RasterLayout
 from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, greatest_density
+from vsparse.parallel.share import ALL, Share
 from vsparse.schedule import Phase
 
 __all__ = ["SpargeAttention", "SpargeAttn"]
@@ -156,12 +157,12 @@ class SpargeAttention(SparseAttention):
         """Pooled prediction, guard, selection, exact attention in what is kept."""
         blocking = call.blocking
         packed = [blocking.pack(x.detach()) for x in (q, k, v)]
-        blocks = self.choose(packed[0], packed[1], blocking, call.density)
+        blocks = self.choose(packed[0], packed[1], blocking, call.density, call.share)
         self.tally(blocks, q.shape[0])
         threshold = self.method.skip_threshold
         return ops.host_order_attention(q, k, v, blocks, packed=packed, skip_threshold=threshold), ()
 
-    def choose(self, q: Tensor, k: Tensor, blocking: Blocking, density: Tensor) -> BlockMap:
+    def choose(self, q: Tensor, k: Tensor, blocking: Blocking, density: Tensor, share: Share = ALL) -> BlockMap:
         """The map of packed queries and keys ``[B, S, H, D]``; ``density`` is the 0-d budget of the call."""
         method = self.method
         q_mean, q_alike = ops.block_pool(q, blocking, self_similarity=True)
@@ -170,7 +171,7 @@ class SpargeAttention(SparseAttention):
         )
         forced = torch.zeros(1, 1, 1, blocking.blocks, dtype=torch.bool, device=q.device)
         if method.guarded:
-            least = self._per_head("similarity", method.least_similarity)
+            least = self._per_head("similarity", method.least_similarity, share)
             forced = (q_alike < least).transpose(1, 2)[..., None] | (k_alike < least).transpose(1, 2)[:, :, None]
             free = ~(k_alike < least).transpose(1, 2)[:, :, None]
         else:
@@ -187,11 +188,11 @@ class SpargeAttention(SparseAttention):
         forced = forced.expand(*forced.shape[:2], blocking.blocks, -1)
         if method.select == "mass":
             # A row without a free block is NaN after the softmax; all its blocks are forced.
-            share = torch.where(free, scores.softmax(-1), 0)
-            mass = self._per_head("mass", method.mass)
+            weights = torch.where(free, scores.softmax(-1), 0)
+            mass = self._per_head("mass", method.mass, share)
             limit = mass[None, :, None] if isinstance(mass, Tensor) else mass
             return select.top_p(
-                share, blocking, mass=limit, include_crossing=False, forced=forced, forced_budget="join"
+                weights, blocking, mass=limit, include_crossing=False, forced=forced, forced_budget="join"
             )
         video_blocks = blocking.layout.video_tiles  # type: ignore[union-attr]
         most = kept_blocks(self.peak_density, video_blocks) + method.sink + blocking.blocks - video_blocks
@@ -204,14 +205,13 @@ class SpargeAttention(SparseAttention):
             capacity=blocking.blocks if method.guarded else most,
         )
 
-    def _per_head(self, name: str, value: PerHead) -> Tensor | float:
-        """The number, or the numbers of all heads ``[H]`` in float64."""
+    def _per_head(self, name: str, value: PerHead, share: Share) -> Tensor | float:
+        """The number, or the numbers of the heads ``[H]`` in float64."""
         bits = getattr(self, f"{name}_bits")
         if bits is None:
             assert not isinstance(value, tuple)
             return value
-        found: Tensor = bits.view(torch.float64)
-        return found
+        return share.own_heads(bits.view(torch.float64), 0)
 
 
 def _smooth(k: Tensor, blocking: Blocking) -> Tensor:

@@ -71,6 +71,7 @@ class SVG(Method):
 
     key: ClassVar[str] = "svg"
     paper: ClassVar[Paper] = Paper(title="SVG: Sparse VideoGen", arxiv="2502.01776", trained=False)
+    static_by_head: ClassVar[bool] = False
     search_cost: ClassVar[str] = "4 B H D min(rows, V) N (1 + 2 P)"
     advice: ClassVar[str] = "No training, and heads that are clearly spatial or temporal: each takes one of two bands."
     default_schedule: ClassVar[Schedule] = Schedule(dense_steps=0.2, dense_layers=1)

@@ -218,6 +218,7 @@ class UniCPAttention(SparseAttention):
         inner = method.inner_method
         self.inner = None if inner.key == "dense" else inner.build(site)
         if self.inner is not None:
+            self.aux = self.inner.aux  # type: ignore[misc]
             self.inner.phase, self.inner.state = "search", self.state
             self.inner.tally = self._inner_tally  # type: ignore[method-assign]
         self.basis = None
@@ -225,10 +226,10 @@ class UniCPAttention(SparseAttention):
             start = torch.eye(site.head_dim, method.rank).expand(site.heads, -1, -1)
             self.basis = nn.Parameter(start.clone())
 
-    def core(
+    def attend(
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Give the cached output, or compute one, sliced or not. aux: of the inner method."""
+        """Give the cached output, of the tokens and heads that were asked for, or compute one."""
         if self._gives_cached:
             if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
                 raise NotImplementedError(
@@ -238,11 +239,22 @@ class UniCPAttention(SparseAttention):
             everything = BlockMap.full(call.blocking)
             self.tally(dc.replace(everything, count=torch.zeros_like(everything.count)), q.shape[0])
             return self.state.read("output"), ()
+        return super().attend(q, k, v, hidden, call)
+
+    def features(self, q: Tensor, hidden: Tensor | None) -> tuple[Tensor, ...]:
+        """Those of the inner method."""
+        return () if self.inner is None else self.inner.features(q, hidden)
+
+    def core(
+        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Compute, sliced or not. aux: of the inner method."""
         if self.inner is not None:
-            self.inner.peak_density = self.peak_density
+            self.inner.peak_density, self.inner.call = self.peak_density, call
             return self.inner.core(q, k, v, hidden, call)
         self.tally(BlockMap.full(call.blocking), q.shape[0])
-        return full_attention(q, k, v, call, self.basis if self.phase == "reuse" else None), ()
+        basis = call.share.own_heads(self.basis, 0) if self.basis is not None and self.phase == "reuse" else None
+        return full_attention(q, k, v, call, basis), ()
 
     def combine(self, fine: Tensor, aux: tuple[Tensor, ...], hidden: Tensor | None, call: Call) -> Tensor:
         """Finish what the inner method has computed; cache it."""

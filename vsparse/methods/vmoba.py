@@ -13,6 +13,7 @@ from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid
 from vsparse.layouts import Blocking, Layout, PartitionLayout
 from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, predict_density
+from vsparse.parallel.share import ALL, Share
 from vsparse.schedule import Phase, Schedule
 
 __all__ = ["VMoBA", "VMoBAAttention", "gate_threshold", "gate_top_k"]
@@ -119,11 +120,11 @@ class VMoBAAttention(SparseAttention):
         """The chosen pairs leave out a token's own chunk, so the two parts are disjoint."""
         blocking = call.blocking
         packed = [blocking.pack(x.detach()) for x in (q, k, v)]
-        own, chosen = self._maps(packed[0], packed[1], blocking)
+        own, chosen = self._maps(packed[0], packed[1], blocking, call.share)
         self.tally(own, q.shape[0], chosen)
         return ops.host_order_attention(q, k, v, own, chosen, packed=packed), ()
 
-    def _maps(self, q: Tensor, k: Tensor, blocking: Blocking) -> tuple[BlockMap, BlockMap]:
+    def _maps(self, q: Tensor, k: Tensor, blocking: Blocking, share: Share = ALL) -> tuple[BlockMap, BlockMap]:
         """Own chunk by chunk, the others by token. Text rows are full in the second map and empty in the first."""
         layout = blocking.layout
         assert layout is not None
@@ -134,7 +135,10 @@ class VMoBAAttention(SparseAttention):
         gate = torch.einsum("bshd,bkhd->bhsk", q.float(), ops.block_pool(k, blocking).float())
         video = torch.ones_like(chunks, dtype=torch.bool) if text is None else ~text
         counted = video[slot_block][:, None] & video
+        across = self.method.scope in ("overall", "block")  # all heads compete for one budget
+        gate = share.all_heads(gate, 1) if across else gate
         keep = self._choose(gate, mine, counted, layout)
+        keep = share.own_heads(keep, 1) if across else keep
         keep = torch.where(counted, keep & ~mine, True)
         row_count = torch.where(video, 1, 0).to(torch.int32)[None, None]
         own = BlockMap(chunks.to(torch.int32)[None, None, :, None], row_count, blocking, blocking)

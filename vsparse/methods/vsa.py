@@ -21,6 +21,7 @@ from vsparse.methods.base import (
     Site,
     SparseAttention,
     check_density,
+    check_hidden,
     given_hidden,
     recomputed,
     zero_linear,
@@ -110,8 +111,7 @@ class VideoSparseAttention(SparseAttention):
         """Add the gated coarse branch to the video tokens."""
         grid = call.grid
         hidden = given_hidden(self.method.key, hidden)
-        if hidden.shape[1] != grid.video:
-            raise ValueError(f"vsa: the attention input has {hidden.shape[1]} tokens, {grid} has {grid.video} of video")
+        check_hidden(self.method.key, hidden, call)
         branch = recomputed(self._branch, hidden, aux[0], call).to(fine.dtype)
         return fine + F.pad(branch, (0, 0, 0, 0, grid.text_before, grid.text_after)) if grid.text else fine + branch
 
@@ -119,7 +119,7 @@ class VideoSparseAttention(SparseAttention):
         """The gated coarse output of every video token, ``[B, video, H, D]``."""
         first, video = call.grid.text_before, call.grid.video
         gate: Tensor = self.to_gate_compress(hidden).unflatten(-1, coarse.shape[2:])
-        return gate * call.blocking.tiles().expand(coarse)[:, first : first + video]
+        return gate * call.share.own_tokens(call.blocking.tiles().expand(coarse)[:, first : first + video], 1)
 
 
 def _coarse(q: Tensor, k: Tensor, v: Tensor, text: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

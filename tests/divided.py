@@ -1,0 +1,113 @@
+"""A host whose video several processes share, against the same host alone: outputs, losses and gradients in float64.
+
+The processes choose the same maps as one does, unless a score is torn in half by rounding; so in float64 what they find
+may differ from the host alone by rounding only. It must be less than what the stock host differs by in float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses as dc
+from collections.abc import Mapping
+from typing import Any
+
+import rows
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import vsparse
+from vsparse.parallel.context import ContextParallel
+
+Found = dict[str, Tensor]
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Case:
+    """How a host is divided.
+
+    Args:
+        host, method: Rows of `rows`. parallel: how many processes in which roles. heads: of the host. options: of the
+            method, None: those of its row. grid, batch: of the video. checkpointing: of activations.
+    """
+
+    host: str
+    method: str
+    parallel: ContextParallel
+    heads: int = 3
+    options: Mapping[str, Any] | None = None
+    grid: tuple[int, int, int] = rows.SMALL
+    batch: int = 2
+    checkpointing: bool = False
+
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """Options of the method."""
+        return rows.METHODS[self.method].sparse if self.options is None else self.options
+
+
+def compared(case: Case) -> dict[str, float]:
+    """The worst error of each phase, in units of what float32 makes of the stock host; called by every process."""
+    return {phase: _compared(case, phase) for phase in rows.sparse_phases(case.method, case.given)}
+
+
+def _compared(case: Case, phase: str) -> float:
+    with_grad = phase != "output"
+    alone = _run(case, phase, torch.float64, None, with_grad)
+    shared = _run(case, phase, torch.float64, case.parallel, with_grad)
+    stock = {dtype: _stock(case, dtype, with_grad) for dtype in (torch.float64, torch.float32)}
+    assert alone.keys() == shared.keys()
+    scale = {name: _distance(stock[torch.float32][name], x) for name, x in stock[torch.float64].items()}
+    worst = 0.0
+    for name, wanted in alone.items():
+        # What the method has added has no twin in the stock host: the largest of its errors is allowed there.
+        allowed = scale.get(name, max(scale.values()))
+        worst = max(worst, _distance(shared[name], wanted) / max(allowed, 1e-9))
+    return worst
+
+
+def _distance(found: Tensor, wanted: Tensor) -> float:
+    assert not bool(found.isnan().any())
+    return float((found.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-300))
+
+
+def _values(case: Case, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
+    model, inputs = rows.build(case.host, dtype=dtype, heads=case.heads)
+    return model, rows.prompt(case.host, inputs, case.grid, batch=case.batch)
+
+
+def _stock(case: Case, dtype: torch.dtype, with_grad: bool) -> Found:
+    model, values = _values(case, dtype)
+    return _collect(model, lambda: model(**values)[0], {}, with_grad)
+
+
+def _run(case: Case, phase: str, dtype: torch.dtype, parallel: ContextParallel | None, with_grad: bool) -> Found:
+    model, values = _values(case, dtype)
+    with rows.randomise(vsparse.apply(model, case.method, parallel=parallel, **case.given)) as patch:
+        model.train(with_grad)
+        if case.checkpointing:
+            model.enable_gradient_checkpointing()
+
+        def call() -> Tensor:
+            outputs = rows.walk(patch, phase, lambda branch, step: model(**values)[0], ["cond"])
+            return outputs[0]
+
+        found = _collect(model, call, patch, with_grad)
+    if parallel is not None and with_grad:
+        for name, x in found.items():
+            if name.startswith("gradient"):
+                dist.all_reduce(x)
+    return found
+
+
+def _collect(model: nn.Module, call: Any, patch: Any, with_grad: bool) -> Found:
+    with contextlib.nullcontext() if with_grad else torch.no_grad():
+        out = call()
+        losses = patch.auxiliary_losses() if patch else {}
+        found = {"output": out.detach(), **{f"loss {name}": x.detach() for name, x in losses.items()}}
+        if with_grad:
+            weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+            loss = (out * weight.to(out.dtype)).mean() + sum(losses.values())
+            loss.backward()
+            found |= {f"gradient {name}": x for name, x in rows.gradients(model).items()}
+    return found
