@@ -25,7 +25,8 @@ class Pool:
     """Processes that run module-level functions of the test folder, each the same one at the same time."""
 
     def __init__(self, count: int) -> None:
-        context = torch.multiprocessing.get_context("spawn")
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch._dynamo"])  # half of the start, once for all: the first call of an op
         self._folder = tempfile.mkdtemp()
         pairs = [context.Pipe() for _ in range(count)]
         self._pipes = [mine for mine, _ in pairs]
