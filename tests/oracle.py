@@ -128,8 +128,10 @@ def fused(blocks: BlockMap, scale: float) -> Function:
         some = keep.any(-1, keepdim=True)
         bias = torch.zeros(keep.shape, dtype=q.dtype)
         if blocks.key_bias is not None:
-            block = reference.slot_block(blocks.k, k.shape[1]).clamp_min(0).expand(*blocks.key_bias.shape[:2], -1)
-            bias = bias + blocks.key_bias.gather(-1, block)[:, :, None].to(q.dtype)
+            block = reference.slot_block(blocks.k, k.shape[1]).clamp_min(0)
+            lead = torch.broadcast_shapes(blocks.key_bias.shape[:2], block.shape[:2])
+            by_slot = blocks.key_bias.expand(*lead, -1).gather(-1, block.expand(*lead, -1))
+            bias = bias + by_slot[:, :, None].to(q.dtype)
         mask = torch.where(keep | ~some, bias, -torch.inf)
         heads = (x.transpose(1, 2) for x in (q, k, v))
         out = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale)

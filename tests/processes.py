@@ -1,9 +1,10 @@
-"""Two processes that reduce over gloo: started when a test first asks, then used by every test of the session."""
+"""A few processes that talk over gloo: started when a test first asks, then used by every test of the session."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import os
 import tempfile
 import traceback
@@ -13,7 +14,8 @@ from typing import Any
 
 import torch
 
-COUNT = 2
+from vsparse.parallel.collectives import Group
+
 LIMIT = 240.0  # seconds that a task may take before its processes are ended
 
 Task = Callable[..., Any]
@@ -22,14 +24,15 @@ Task = Callable[..., Any]
 class Pool:
     """Processes that run module-level functions of the test folder, each the same one at the same time."""
 
-    def __init__(self) -> None:
-        context = torch.multiprocessing.get_context("spawn")
+    def __init__(self, count: int) -> None:
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch._dynamo"])  # half of the start, once for all: the first call of an op
         self._folder = tempfile.mkdtemp()
-        pairs = [context.Pipe() for _ in range(COUNT)]
+        pairs = [context.Pipe() for _ in range(count)]
         self._pipes = [mine for mine, _ in pairs]
         store = os.path.join(self._folder, "store")
         self._processes = [
-            context.Process(target=_serve, args=(rank, store, theirs), daemon=True)
+            context.Process(target=_serve, args=(rank, count, store, theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pairs)
         ]
         for process in self._processes:
@@ -44,7 +47,7 @@ class Pool:
         for pipe in self._pipes:
             pipe.send((task, args))
         results: dict[int, Any] = {}
-        while len(results) < COUNT:
+        while len(results) < len(self._pipes):
             ready = wait([pipe for rank, pipe in enumerate(self._pipes) if rank not in results], LIMIT)
             if not ready:
                 self.close()
@@ -56,7 +59,7 @@ class Pool:
                     self.close()
                     raise AssertionError(f"process {rank}:\n{value}")
                 results[rank] = value
-        return [results[rank] for rank in range(COUNT)]
+        return [results[rank] for rank in range(len(self._pipes))]
 
     def _receive(self, rank: int) -> tuple[bool, Any]:
         try:
@@ -71,17 +74,24 @@ class Pool:
             process.join()
 
 
+@functools.cache
+def group(size: int) -> Group:
+    """In a process of a pool: the neighbours, so many, among whom it is; every process must ask."""
+    handle, _ = torch.distributed.new_subgroups(size)
+    return Group(size=size, rank=torch.distributed.get_rank(handle), handle=handle, name=f"group of {size}")
+
+
 def full(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor that may be sharded; every process must ask."""
     whole = getattr(tensor, "full_tensor", None)
     return tensor if whole is None else whole()
 
 
-def _serve(rank: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, count: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=LIMIT)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=COUNT, timeout=limit
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=limit
     )
     with contextlib.suppress(EOFError):
         while True:
@@ -94,13 +104,13 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
 
 
 @contextlib.contextmanager
-def pool() -> Iterator[Callable[[], Pool]]:
+def pool(count: int = 2) -> Iterator[Callable[[], Pool]]:
     """A function that starts the pool at its first call, and again where a failure has closed it."""
     made: list[Pool] = []
 
     def get() -> Pool:
         if not made or not all(process.is_alive() for process in made[-1]._processes):
-            made.append(Pool())
+            made.append(Pool(count))
         return made[-1]
 
     try:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vsparse.layouts import Blocking
 
-__all__ = ["BlockMap", "Transposed", "lists"]
+__all__ = ["BlockMap", "Transposed", "lists", "pack_bits", "unpack_bits"]
 
 
 def lists(keep: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -19,6 +19,20 @@ def lists(keep: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     index = torch.zeros(*keep.shape[:-1], capacity + 1, dtype=torch.int32, device=keep.device)
     block = torch.arange(keep.shape[-1], device=keep.device, dtype=torch.int32).expand_as(keep)
     return index.scatter(-1, place, block)[..., :capacity].contiguous(), keep.sum(-1, dtype=torch.int32)
+
+
+def pack_bits(keep: Tensor) -> Tensor:
+    """``[..., K]`` bool -> ``[..., ceil(K / 8)]`` uint8; bit ``j % 8`` of byte ``j // 8`` is entry j."""
+    keep = torch.nn.functional.pad(keep, (0, -keep.shape[-1] % 8))
+    weight = torch.arange(8, device=keep.device, dtype=torch.int32).exp2().to(torch.uint8)
+    bits: Tensor = keep.unflatten(-1, (keep.shape[-1] // 8, 8)) * weight
+    return bits.sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, entries: int) -> Tensor:
+    """Inverse of `pack_bits` for ``K = entries``."""
+    shift = torch.arange(8, device=bits.device, dtype=torch.uint8)
+    return ((bits[..., None] >> shift) & 1).flatten(-2)[..., :entries].bool()
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -106,41 +120,43 @@ class BlockMap:
     def from_bits(
         cls, bits: Tensor, q: Blocking, k: Blocking | None = None, *, capacity: int | None = None
     ) -> BlockMap:
-        """Inverse of `to_bits`: ``[B|1, H|1, Q, ceil(K / 8)]`` uint8, bit ``j % 8`` of byte ``j // 8`` is block j."""
+        """Inverse of `to_bits`: ``[B|1, H|1, Q, ceil(K / 8)]`` uint8."""
         k = q if k is None else k
-        shift = torch.arange(8, device=bits.device, dtype=torch.uint8)
-        keep = ((bits[..., None] >> shift) & 1).flatten(-2)[..., : k.blocks].bool()
-        return cls.from_mask(keep, q, k, capacity=capacity)
+        return cls.from_mask(unpack_bits(bits, k.blocks), q, k, capacity=capacity)
 
     def widened(self, capacity: int) -> BlockMap:
         """The same map with room for ``capacity`` entries in each row; itself when it has as many or more."""
         more = capacity - self.capacity
         return self if more <= 0 else dc.replace(self, index=torch.nn.functional.pad(self.index, (0, more)))
 
-    def _used(self) -> Tensor:
+    def used(self) -> Tensor:
         """``[B|1, H|1, Q, M]`` bool: entries that hold a block; none of a full row, whose list may hold anything."""
         counted = torch.arange(self.capacity, device=self.count.device) < self.count[..., None]
         return counted & (self.count < self.k.blocks)[..., None]
+
+    def kept(self) -> Tensor:
+        """``[B|1, H|1, K]`` bool: key blocks that some row keeps."""
+        blocks = self.k.blocks
+        found = torch.zeros(*self.count.shape[:2], blocks + 1, dtype=torch.bool, device=self.count.device)
+        listed = torch.where(self.used(), self.index, blocks).flatten(-2).long()
+        return found.scatter(-1, listed, True)[..., :blocks] | (self.count == blocks).any(-1, keepdim=True)
 
     def to_mask(self) -> Tensor:
         """``[B|1, H|1, Q, K]`` bool, the dense form."""
         blocks = self.k.blocks
         keep = torch.zeros(*self.count.shape, blocks + 1, dtype=torch.bool, device=self.count.device)
-        keep = keep.scatter(-1, torch.where(self._used(), self.index, blocks).long(), True)[..., :blocks]
+        keep = keep.scatter(-1, torch.where(self.used(), self.index, blocks).long(), True)[..., :blocks]
         return keep | (self.count == blocks)[..., None]
 
     def to_bits(self) -> Tensor:
         """``[B|1, H|1, Q, ceil(K / 8)]`` uint8, one bit per block pair."""
-        keep = torch.nn.functional.pad(self.to_mask(), (0, -self.k.blocks % 8))
-        weight = torch.arange(8, device=keep.device, dtype=torch.int32).exp2().to(torch.uint8)
-        bits: Tensor = keep.unflatten(-1, (-1, 8)) * weight
-        return bits.sum(-1, dtype=torch.uint8)
+        return pack_bits(self.to_mask())
 
     def transpose(self) -> Transposed:
         """Key-major lists, deterministic, without a device sync."""
         queries, keys = self.count.shape[-1], self.k.blocks
         full = self.count == keys
-        by_key, entry = torch.where(self._used(), self.index, keys).flatten(-2).sort(dim=-1, stable=True)
+        by_key, entry = torch.where(self.used(), self.index, keys).flatten(-2).sort(dim=-1, stable=True)
         row = torch.where(by_key < keys, entry // max(1, self.capacity), queries)
         key = torch.arange(keys + 1, device=self.count.device, dtype=by_key.dtype)
         offset = torch.searchsorted(by_key, key.expand(*by_key.shape[:2], -1).contiguous(), out_int32=True)
@@ -152,7 +168,7 @@ class BlockMap:
         """Computed and possible query-key token pairs, each ``[B|1, H|1]`` float64; padding counts for nothing."""
         q, k = self.q.length.double(), self.k.length.double()
         blocks = self.k.blocks
-        used = self._used()
+        used = self.used()
         lengths = k[:, :, None].expand(-1, -1, self.q.blocks, -1)
         shape = torch.broadcast_shapes(self.index.shape[:3], lengths.shape[:3])
         index = torch.where(used, self.index, 0).expand(*shape, self.capacity).long()
@@ -188,7 +204,7 @@ class BlockMap:
             count,
             f"count must lie in [0, M={self.capacity}] or equal K={blocks}",
         )
-        used = self._used()
+        used = self.used()
         outside = used & ((self.index < 0) | (self.index >= blocks))
         _refuse(outside, self.index, f"index must hold key blocks in [0, K={blocks})")
         falling = torch.zeros_like(used)
