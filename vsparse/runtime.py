@@ -173,7 +173,8 @@ class Runtime:
         trim = self._trim(reading)
         calls: dict[object, Call] = {}
         bound = []
-        self.division.begin(reading.grid, reading.batch, reading.device)
+        layouts = [self._layout(reading.grid, site, reading.device) for site in self.sites]
+        self.division.begin(reading.grid, reading.batch, reading.device, layouts)
         for site in self.sites:
             layout = self._layout(reading.grid, site, reading.device)
             static = self._static(layout, site)
@@ -187,6 +188,7 @@ class Runtime:
                     blocking=blocking,
                     static=None if static is None else _bound(static, blocking, site, share),
                     share=share,
+                    shard_rows=None if share.shard is None else share.shard.own.bind(reading.text_length),
                     text_length=reading.text_length,
                     step=step,
                     density=torch.full((), density, dtype=torch.float64, device=reading.device),

@@ -160,13 +160,14 @@ def head_global(
     return BlockMap.from_mask(keep if forced is None else keep | forced, q, k)
 
 
-def expand_tiles(tiles: BlockMap, blocking: Blocking) -> BlockMap:
-    """A map over tiles as a map over their blocks: every block of a kept tile is kept."""
-    per_tile = blocking.blocks // tiles.k.blocks
+def expand_tiles(tiles: BlockMap, q: Blocking, k: Blocking | None = None) -> BlockMap:
+    """A map over tiles as a map over their blocks, those of ``q`` and of ``k``: every block of a kept tile is kept."""
+    k = q if k is None else k
+    per_tile = k.blocks // tiles.k.blocks
     if per_tile == 1:
-        return BlockMap(tiles.index, tiles.count, blocking, blocking, tiles.key_bias)
+        return BlockMap(tiles.index, tiles.count, q, k, tiles.key_bias)
     keep = tiles.to_mask().repeat_interleave(per_tile, -1).repeat_interleave(per_tile, -2)
-    blocks = BlockMap.from_mask(keep, blocking, capacity=tiles.capacity * per_tile)
+    blocks = BlockMap.from_mask(keep, q, k, capacity=tiles.capacity * per_tile)
     if tiles.key_bias is None:
         return blocks
     return dc.replace(blocks, key_bias=tiles.key_bias.repeat_interleave(per_tile, -1))

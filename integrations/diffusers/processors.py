@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vsparse.blocks import BlockMap
 from vsparse.methods import SparseAttention
 
 from .hosts import Host
@@ -148,6 +149,10 @@ def _attend(
         if share.alone and (mask is None or call.trim is None):
             return dense(query, key, value, mask)
         query, key, value = share.exchange(query, key, value)
+        if share.shard is not None:
+            everything = BlockMap.full(call.rows, call.blocking)
+            packed = [call.rows.pack(x) for x in (query, key, value)]
+            return share.restore(call.attend(query, key, value, everything, packed=packed))[0]
         size, valid = call.keys(query.shape[0])
         return share.restore(dense(query, key[:, :size], value[:, :size], valid))[0]
     if torch.is_autocast_enabled(query.device.type):

@@ -101,22 +101,34 @@ class AdaSpaAttention(SparseAttention):
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Search, search with the cached LSE, or reuse, by phase."""
-        blocking = call.blocking
-        q, k, v = blocking.pack(q), blocking.pack(k), blocking.pack(v)
+        rows, blocking = call.rows, call.blocking
+        packed = [rows.pack(x) for x in (q, k, v)]
         if self.phase == "search":
-            out, lse, mass = ops.search_attention(q, k, v, blocking)
+            fine, lse, mass = self._search(packed[0], packed[1], packed[2], call)
             self.state.stage("lse", lse)
             self.state.stage("bits", self._choose(mass, call).to_bits())
-            self.tally(BlockMap.full(blocking), q.shape[0])
-            return blocking.unpack(out), ()
+            self.tally(BlockMap.full(rows, blocking), q.shape[0])
+            return fine, ()
         if self.phase == "refresh":
-            blocks = self._choose(ops.block_mass(q, k, self.state.read("lse"), blocking), call)
+            # A search reads every key, so those of other processes come whole.
+            mass = ops.block_mass(packed[0], call.all_slots(packed[1]), self.state.read("lse"), rows, blocking)
+            blocks = self._choose(mass, call)
             self.state.stage("bits", blocks.to_bits())
         else:
-            blocks = BlockMap.from_bits(self.state.read("bits"), blocking, capacity=self._capacity(blocking))
+            blocks = BlockMap.from_bits(self.state.read("bits"), rows, blocking, capacity=self._capacity(blocking))
         self.tally(blocks, q.shape[0])
-        out, _ = ops.block_sparse_attention(q, k, v, blocks)
-        return blocking.unpack(out), ()
+        return call.attend(q, k, v, blocks, packed=packed), ()
+
+    def _search(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """Exact attention in the order of the host, its LSE, and the mass of every block."""
+        rows, blocking = call.rows, call.blocking
+        if rows is blocking:
+            out, lse, mass = ops.search_attention(q, k, v, blocking)
+        else:
+            k, v = call.all_slots(torch.cat((k, v), -1)).chunk(2, -1)
+            out, lse = ops.block_sparse_attention(q, k, v, BlockMap.full(rows, blocking))
+            mass = ops.block_mass(q, k, lse, rows, blocking)
+        return rows.unpack(out), lse, mass
 
     def _capacity(self, blocking: Blocking) -> int:
         video = blocking.layout.video_tiles  # type: ignore[union-attr]
@@ -124,24 +136,25 @@ class AdaSpaAttention(SparseAttention):
 
     def _choose(self, mass: Tensor, call: Call) -> BlockMap:
         """Row-uniform top-k of the mass with a budget per head."""
-        method, blocking, share = self.method, call.blocking, call.share
+        method, rows, blocking, share = self.method, call.rows, call.blocking, call.share
         video = blocking.layout.video_tiles  # type: ignore[union-attr]
-        forced = select.forced_text(blocking)
+        forced = select.forced_text(rows, blocking)
         density = torch.full(mass.shape[:2], method.density, dtype=torch.float64, device=mass.device)
         if method.spread > 0.0:
-            base = select.top_k(mass, blocking, count=kept_blocks(method.density, video), forced=forced)
-            recall = share.all_heads(_recall(mass, base), 1)  # heads are ranked among all of the layer
+            base = select.top_k(mass, rows, blocking, count=kept_blocks(method.density, video), forced=forced)
+            kept = call.over_shards(_masses(mass, base)).unbind(-1)
+            recall = share.all_heads(kept[0] / kept[1], 1)  # heads are ranked among all of the layer
             density = share.own_heads(head_densities(recall, method.density, method.spread, method.recall), 1)
         count = select.budget(density, video)[..., None]
-        return select.top_k(mass, blocking, count=count, forced=forced, capacity=self._capacity(blocking))
+        return select.top_k(mass, rows, blocking, count=count, forced=forced, capacity=self._capacity(blocking))
 
 
-def _recall(mass: Tensor, blocks: BlockMap) -> Tensor:
-    """``[B, H]``: share of the mass of the video rows that the map keeps."""
+def _masses(mass: Tensor, blocks: BlockMap) -> Tensor:
+    """``[B, H, 2]``: the mass of the video rows that the map keeps, and all of it."""
     text = blocks.q.text
     if text is not None:
         mass = torch.where(text[:, None], 0, mass)
-    return torch.where(blocks.to_mask(), mass, 0).sum((-1, -2)) / mass.sum((-1, -2))
+    return torch.stack([torch.where(blocks.to_mask(), mass, 0).sum((-1, -2)), mass.sum((-1, -2))], -1)
 
 
 def head_densities(recall: Tensor, density: float, spread: float, level: float) -> Tensor:

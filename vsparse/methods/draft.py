@@ -11,7 +11,7 @@ from torch import Tensor
 from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
-from vsparse.layouts import Blocking, Layout, TileLayout
+from vsparse.layouts import Layout, TileLayout
 from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, with_text
 from vsparse.schedule import Phase
 
@@ -81,21 +81,20 @@ class LowResolutionAttention(SparseAttention):
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Pooled softmax, the best entries of each head, exact attention in what is kept."""
-        blocking = call.blocking
-        packed = [blocking.pack(x.detach()) for x in (q, k, v)]
-        blocks = self._choose(packed[0], packed[1], blocking, call.density)
+        packed = [call.rows.pack(x.detach()) for x in (q, k, v)]
+        blocks = self._choose(packed[0], packed[1], call)
         self.tally(blocks, q.shape[0])
-        return ops.host_order_attention(q, k, v, blocks, packed=packed), ()
+        return call.attend(q, k, v, blocks, packed=packed), ()
 
-    def _choose(self, q: Tensor, k: Tensor, blocking: Blocking, density: Tensor) -> BlockMap:
-        """Best pairs of cells of each head, as a map over blocks."""
-        cells = blocking.tiles()
-        q_mean, k_mean = (ops.block_pool(x, cells) for x in (q, k))
+    def _choose(self, q: Tensor, k: Tensor, call: Call) -> BlockMap:
+        """Best pairs of cells of each head, as a map over blocks; all rows compete, those of other processes, too."""
+        own, cells = call.rows.tiles(), call.blocking.tiles()
+        q_mean, k_mean = (ops.block_pool(x, own) for x in (q, k))
+        q_mean, k_mean = call.all_blocks(torch.cat((q_mean, k_mean), -1)).chunk(2, -1)
         pooled = torch.einsum("bqhd,bkhd->bhqk", q_mean, k_mean) * q.shape[-1] ** -0.5
         text = cells.text
         share = (pooled if text is None else torch.where(text, -torch.inf, pooled)).softmax(-1)
         # Text is on top of the budget, which is a share of the pairs of video cells.
-        video = blocking.layout.video_tiles  # type: ignore[union-attr]
-        budget = density * (video / cells.blocks) ** 2
+        budget = call.density * (call.layout.video_tiles / cells.blocks) ** 2
         chosen = select.head_global(share, cells, density=budget, least=1, forced=select.forced_text(cells))
-        return select.expand_tiles(chosen, blocking)
+        return select.expand_tiles(call.own_rows(chosen, own), call.rows, call.blocking)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
-from vsparse.layouts import Blocking, Layout, TileLayout
+from vsparse.layouts import Layout, TileLayout
 from vsparse.methods import chance
 from vsparse.methods.base import (
     Call,
@@ -26,7 +26,6 @@ from vsparse.methods.base import (
     given_hidden,
     recomputed,
 )
-from vsparse.parallel.share import Share
 from vsparse.schedule import Phase
 from vsparse.state import Version
 
@@ -168,18 +167,16 @@ class DSVAttention(SparseAttention):
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Predict, learn, choose, attend."""
-        blocking, grid = call.blocking, call.grid
         hidden = given_hidden(self.method.key, hidden)
         check_hidden(self.method.key, hidden, call)
         progress = self.state.read("progress").view(torch.float64)
         if self.training and not torch.is_inference_mode_enabled():
-            video = slice(grid.text_before, grid.text_before + grid.video)
-            self._learn(q.detach()[:, video], k.detach()[:, video], hidden.detach(), call, progress)
+            self._learn(q.detach()[:, call.video], k.detach()[:, call.video], hidden.detach(), call, progress)
         with torch.no_grad():
             blocks = self._choose(call.features[0], call, progress)
         self.tally(blocks, q.shape[0])
-        packed = [blocking.pack(x.detach()) for x in (q, k, v)]
-        return ops.host_order_attention(q, k, v, blocks, packed=packed), ()
+        packed = [call.rows.pack(x.detach()) for x in (q, k, v)]
+        return call.attend(q, k, v, blocks, packed=packed), ()
 
     def features(self, q: Tensor, hidden: Tensor | None) -> tuple[Tensor, ...]:
         """The predicted queries and keys."""
@@ -199,35 +196,36 @@ class DSVAttention(SparseAttention):
 
     def _choose(self, low: Tensor, call: Call, progress: Tensor) -> BlockMap:
         """Top-k of the predicted scores with a budget for each head; heads that are not sparse keep everything."""
-        method, blocking, grid = self.method, call.blocking, call.grid
-        tiles, video = blocking.tiles(), call.layout.video_tiles
+        method, rows, blocking, grid = self.method, call.rows, call.blocking, call.grid
+        own, tiles, video = rows.tiles(), blocking.tiles(), call.layout.video_tiles
+        assert own.layout is not None
         q_low, k_low = (F.pad(x, (0, 0, 0, 0, grid.text_before, grid.text_after)) for x in low.chunk(2, -1))
-        q_low, k_low = blocking.pack(q_low), blocking.pack(k_low)
-        middle = torch.arange(tiles.blocks, device=q_low.device) * tiles.block + call.layout.tiled.length[0, 0] // 2
+        q_low, k_low = rows.pack(q_low), rows.pack(k_low)
+        middle = torch.arange(own.blocks, device=q_low.device) * own.block + own.layout.length[0, 0] // 2
         proxy = q_low.index_select(1, middle)
         if method.granularity == "token":
-            keys, side, candidates = k_low, blocking.rows(), grid.video
+            keys, side, candidates = call.all_slots(k_low), blocking.rows(), grid.video
         else:
-            keys, side, candidates = ops.block_pool(k_low, tiles), tiles, video
+            keys, side, candidates = call.all_blocks(ops.block_pool(k_low, own)), tiles, video
         scores = torch.einsum("bqhd,bkhd->bhqk", proxy, keys)
         shares = torch.cat((progress[:2], call.share.own_heads(progress[2:], 0)))
         share, full = self._budget(call.density, shares)
         forced = full[None, :, None, None]
         text = tiles.text
-        if text is not None:
+        if text is not None and own.text is not None:
             columns = text if side is tiles else text.repeat_interleave(tiles.block)
-            forced = forced | (text[:, None] | columns)
+            forced = forced | (own.text[:, None] | columns)
         chosen = select.top_k(
             scores,
-            tiles,
+            own,
             side,
             count=select.budget(share, candidates)[None, :, None],
-            forced=forced.expand(1, len(share), tiles.blocks, side.blocks),
+            forced=forced.expand(1, len(share), own.blocks, side.blocks),
             capacity=kept_blocks(self.peak_density, candidates) + side.blocks - candidates,
         )
         if side is tiles:
-            return select.expand_tiles(chosen, blocking)
-        return BlockMap(chosen.index, chosen.count, tiles, side)
+            return select.expand_tiles(chosen, rows, blocking)
+        return BlockMap(chosen.index, chosen.count, own, side)
 
     def _budget(self, density: Tensor, progress: Tensor) -> tuple[Tensor, Tensor]:
         """``[H]`` each: the share of the keys that a head keeps, float64, and whether it keeps all of them."""
@@ -250,41 +248,51 @@ class DSVAttention(SparseAttention):
         method = self.method
         token = chance.spread(method.rows, call.grid.video, salt=self.salt, step=progress[0].long())
         with torch.enable_grad():
-            loss, true = recomputed(self._lesson, q, k, hidden, token, call.share)
+            loss, true = recomputed(self._lesson, q, k, hidden, token, call)
             loss = call.share.loss(loss * (q.shape[2] / self.site.heads))
         with torch.no_grad():
-            share = call.share.all_heads(_critical(true * q.shape[-1] ** -0.5, call.blocking, method.mass), 0)
+            share = call.share.all_heads(_critical(true * q.shape[-1] ** -0.5, call, method.mass), 0)
             fresh = torch.cat((loss.detach()[None], share)).double()
             keep = (progress[0] > 0).double() * method.momentum
             averages = keep * progress[1:] + (1.0 - keep) * fresh
             self.state.stage("progress", torch.cat((progress[:1] + 1, averages)).view(torch.int64))
         self.state.hand_out("loss", loss)
 
-    def _lesson(self, q: Tensor, k: Tensor, hidden: Tensor, token: Tensor, share: Share) -> tuple[Tensor, Tensor]:
+    def _lesson(self, q: Tensor, k: Tensor, hidden: Tensor, token: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """The loss, and the true logits of the sampled queries, ``[B, H, R, video]``."""
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        true = torch.einsum("brhd,bkhd->bhrk", q.index_select(1, token).to(wide), k.to(wide))
-        q_low, k_low = share.exchange(self._low(hidden, q.dtype))[0].chunk(2, -1)
-        guess = torch.einsum("brhd,bkhd->bhrk", q_low.index_select(1, token), k_low)
-        return _loss(guess, true, self.method.cosine), true
+        true = torch.einsum("brhd,bkhd->bhrk", call.tokens_anywhere(q, token).to(wide), k.to(wide))
+        q_low, k_low = call.share.exchange(self._low(hidden, q.dtype))[0].chunk(2, -1)
+        guess = torch.einsum("brhd,bkhd->bhrk", call.tokens_anywhere(q_low, token), k_low)
+        return _loss(guess, true, self.method.cosine, call), true
 
 
-def _loss(guess: Tensor, true: Tensor, cosine: float) -> Tensor:
-    """The predictor's loss, the mean over samples, heads and queries of ``[B, H, R, N]``."""
+def _loss(guess: Tensor, true: Tensor, cosine: float, call: Call) -> Tensor:
+    """The predictor's loss, the mean over samples, heads and queries of ``[B, H, R, N]``, keys of all processes."""
     tiny = torch.finfo(true.dtype).tiny
-    size, wanted = (torch.linalg.vector_norm(x, dim=-1).clamp_min(tiny) for x in (guess, true))
-    along = (guess * true).sum(-1) / size / wanted
+    if call.share.shard is None:
+        size, wanted = (torch.linalg.vector_norm(x, dim=-1).clamp_min(tiny) for x in (guess, true))
+        along = (guess * true).sum(-1) / size / wanted
+    else:
+        sums = call.over_shards(
+            torch.stack([(a * b).sum(-1) for a, b in ((guess, guess), (true, true), (guess, true))]), once=True
+        )
+        size, wanted = (x.clamp_min(tiny).sqrt() for x in sums[:2])
+        along = sums[2] / size / wanted
     loss: Tensor = cosine * (1.0 - along) + (1.0 - cosine) * (size / wanted - 1.0).square()
     return loss.mean()
 
 
-def _critical(logits: Tensor, blocking: Blocking, mass: float) -> Tensor:
+def _critical(logits: Tensor, call: Call, mass: float) -> Tensor:
     """``[H]``: mean share of the tiles that hold ``mass`` of a query's attention, from logits ``[B, H, R, video]``."""
-    layout, tiles = blocking.layout, blocking.tiles()
-    assert layout is not None
-    grid = layout.grid
-    weight = F.pad(logits.softmax(-1).permute(0, 3, 1, 2), (0, 0, 0, 0, grid.text_before, grid.text_after))
-    by_tile = blocking.pack(weight).unflatten(1, (tiles.blocks, tiles.block)).sum(2)
+    rows, layout, grid = call.rows, call.layout, call.grid
+    tiles = rows.tiles()
+    lse = logits.logsumexp(-1)
+    if call.share.shard is not None:
+        lse = call.share.shard.each(lse).logsumexp(0)
+    weight = (logits - lse[..., None]).exp().permute(0, 3, 1, 2)
+    weight = F.pad(weight, (0, 0, 0, 0, grid.text_before, grid.text_after))
+    by_tile = call.all_blocks(rows.pack(weight).unflatten(1, (tiles.blocks, tiles.block)).sum(2))
     ranked = by_tile.sort(dim=1, descending=True).values
     count: Tensor = (ranked.cumsum(1) - ranked < mass).sum(1)
     return count.to(logits.dtype).mean((0, 2)) / layout.video_tiles

@@ -12,7 +12,7 @@ from torch import Tensor
 from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
-from vsparse.layouts import Blocking, CurveLayout, Layout
+from vsparse.layouts import CurveLayout, Layout
 from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, greatest_density
 from vsparse.patterns import Offset, Pattern
 from vsparse.schedule import Phase, Schedule
@@ -100,17 +100,16 @@ class JengaAttention(SparseAttention):
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Pooled softmax, the larger of two budgets, what touches, exact attention in what is kept."""
-        blocking = call.blocking
-        assert call.static is not None
-        packed = [blocking.pack(x.detach()) for x in (q, k, v)]
-        blocks = self._choose(packed[0], packed[1], blocking, call)
+        packed = [call.rows.pack(x.detach()) for x in (q, k, v)]
+        blocks = self._choose(packed[0], packed[1], call)
         self.tally(blocks, q.shape[0])
-        return ops.host_order_attention(q, k, v, blocks, packed=packed), ()
+        return call.attend(q, k, v, blocks, packed=packed), ()
 
-    def _choose(self, q: Tensor, k: Tensor, blocking: Blocking, call: Call) -> BlockMap:
-        method, static = self.method, call.static
+    def _choose(self, q: Tensor, k: Tensor, call: Call) -> BlockMap:
+        method, static, rows, blocking = self.method, call.own_static, call.rows, call.blocking
         assert static is not None
-        q_mean, k_mean = (ops.block_pool(x, blocking) for x in (q, k))
+        q_mean, k_mean = (ops.block_pool(x, rows) for x in (q, k))
+        k_mean = call.all_blocks(k_mean)
         pooled = torch.einsum("bqhd,bkhd->bhqk", q_mean, k_mean) * q.shape[-1] ** -0.5
         text = blocking.text
         pooled = pooled if text is None else torch.where(text, -torch.inf, pooled)
@@ -119,6 +118,7 @@ class JengaAttention(SparseAttention):
         # and takes far blocks to the 0 of text. It says only how many of the best hold the mass.
         needed = select.top_p(
             pooled.softmax(-1),
+            rows,
             blocking,
             mass=method.mass,
             include_crossing=True,
@@ -126,6 +126,7 @@ class JengaAttention(SparseAttention):
         ).count
         chosen = select.top_k(
             pooled,
+            rows,
             blocking,
             count=select.budget(call.density, video).maximum(needed),
             forced=static.to_mask(),

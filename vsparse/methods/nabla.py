@@ -11,7 +11,7 @@ from torch import Tensor
 from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid
-from vsparse.layouts import Blocking, Layout, TileLayout
+from vsparse.layouts import Layout, TileLayout
 from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, greatest_density
 from vsparse.patterns import Offset, Pattern, nothing
 from vsparse.schedule import Phase
@@ -94,29 +94,29 @@ class NablaAttention(SparseAttention):
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Pooled softmax, top-p, window, exact attention in what is kept."""
-        blocking = call.blocking
-        assert call.static is not None
-        packed = [blocking.pack(x.detach()) for x in (q, k, v)]
-        blocks = self._choose(packed[0], packed[1], blocking, call.static)
+        packed = [call.rows.pack(x.detach()) for x in (q, k, v)]
+        blocks = self._choose(packed[0], packed[1], call)
         self.tally(blocks, q.shape[0])
-        return ops.host_order_attention(q, k, v, blocks, packed=packed), ()
+        return call.attend(q, k, v, blocks, packed=packed), ()
 
-    def _choose(self, q: Tensor, k: Tensor, blocking: Blocking, static: BlockMap) -> BlockMap:
+    def _choose(self, q: Tensor, k: Tensor, call: Call) -> BlockMap:
         """Top-p over tiles, joined with the static map, as a map over blocks."""
-        tiles, mass = blocking.tiles(), self.method.mass
-        per_tile = blocking.blocks // tiles.blocks
-        q_mean, k_mean = (ops.block_pool(x, tiles) for x in (q, k))
+        static, own, tiles, mass = call.own_static, call.rows.tiles(), call.blocking.tiles(), self.method.mass
+        assert static is not None
+        per_tile = call.layout.blocks_per_tile
+        q_mean, k_mean = (ops.block_pool(x, own) for x in (q, k))
+        k_mean = call.all_blocks(k_mean)
         pooled = torch.einsum("bqhd,bkhd->bhqk", q_mean, k_mean) * q.shape[-1] ** -0.5
         text = tiles.text
         share = (pooled if text is None else torch.where(text, -torch.inf, pooled)).softmax(-1)
-        video = blocking.layout.video_tiles  # type: ignore[union-attr]
         chosen = select.top_p(
             share,
+            own,
             tiles,
             mass=mass,
             include_crossing=True,
             forced=static.to_mask()[..., ::per_tile, ::per_tile],
             forced_budget="join",
-            capacity=select.top_p_capacity(mass, video) + static.capacity,
+            capacity=select.top_p_capacity(mass, call.layout.video_tiles) + static.capacity,
         )
-        return select.expand_tiles(chosen, blocking)
+        return select.expand_tiles(chosen, call.rows, call.blocking)

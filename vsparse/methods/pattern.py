@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from vsparse import ops
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid
 from vsparse.layouts import Layout, RasterLayout, TileLayout
@@ -70,11 +69,11 @@ class StaticAttention(SparseAttention):
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Pack, attend, unpack."""
-        blocking, blocks = call.blocking, call.static
+        blocks = call.own_static
         assert blocks is not None
-        packed = [blocking.pack(x.detach()) for x in (q, k, v)]
+        packed = [call.rows.pack(x.detach()) for x in (q, k, v)]
         self.tally(blocks, q.shape[0])
-        return ops.host_order_attention(q, k, v, blocks, packed=packed), ()
+        return call.attend(q, k, v, blocks, packed=packed), ()
 
 
 @dc.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
-from vsparse.layouts import Blocking, Layout, RasterLayout
+from vsparse.layouts import Layout, RasterLayout
 from vsparse.methods.base import (
     Call,
     Method,
@@ -110,18 +110,17 @@ class SLAAttention(SparseAttention):
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Critical blocks, exact attention in them. aux: the linear branch of the video, ``[B, video, H, D]``."""
-        blocking, grid = call.blocking, call.grid
-        video = slice(grid.text_before, grid.text_before + grid.video)
-        packed = [blocking.pack(x.detach()) for x in (q, k, v)]
-        q_mean, k_mean = (ops.block_pool(x, blocking) for x in packed[:2])
-        scores = torch.einsum("bqhd,bkhd->bhqk", q_mean, k_mean)
-        blocks = self._critical(scores, blocking, call)
+        rows, video = call.rows, call.video
+        packed = [rows.pack(x.detach()) for x in (q, k, v)]
+        q_mean, k_mean = (ops.block_pool(x, rows) for x in packed[:2])
+        scores = torch.einsum("bqhd,bkhd->bhqk", q_mean, call.all_blocks(k_mean))
+        blocks = self._critical(scores, call)
         self.tally(blocks, q.shape[0])
-        out = ops.host_order_attention(q, k, v, blocks, packed=packed)
+        out = call.attend(q, k, v, blocks, packed=packed)
         if self.method.linear == "all":
-            linear = recomputed(self._linear, q[:, video], k[:, video], v[:, video])
+            linear = recomputed(self._linear, q[:, video], k[:, video], v[:, video], call)
         else:
-            linear = recomputed(self._linear_beside, q, k, v, self._marginal(scores, blocks, blocking))[:, video]
+            linear = recomputed(self._linear_beside, q, k, v, self._marginal(scores, blocks), call)[:, video]
         return out, (linear,)
 
     def combine(self, fine: Tensor, aux: tuple[Tensor, ...], hidden: Tensor | None, call: Call) -> Tensor:
@@ -130,43 +129,44 @@ class SLAAttention(SparseAttention):
         branch = self.to_linear(aux[0].to(fine.dtype)).to(fine.dtype)
         return fine + F.pad(branch, (0, 0, 0, 0, grid.text_before, grid.text_after)) if grid.text else fine + branch
 
-    def _critical(self, scores: Tensor, blocking: Blocking, call: Call) -> BlockMap:
-        video = call.layout.video_tiles
+    def _critical(self, scores: Tensor, call: Call) -> BlockMap:
+        rows, blocking, video = call.rows, call.blocking, call.layout.video_tiles
         return select.top_k(
             scores,
+            rows,
             blocking,
             count=select.budget(call.density, video),
-            forced=select.forced_text(blocking),
+            forced=select.forced_text(rows, blocking),
             capacity=kept_blocks(self.peak_density, video) + blocking.blocks - video,
         )
 
-    def _marginal(self, scores: Tensor, critical: BlockMap, blocking: Blocking) -> BlockMap:
+    def _marginal(self, scores: Tensor, critical: BlockMap) -> BlockMap:
         """Video blocks that are neither critical nor among the worst."""
+        rows, blocking = critical.q, critical.k
         video = blocking.layout.video_tiles  # type: ignore[union-attr]
         worst = int(self.method.negligible * video)
         out = critical.to_mask() | (blocking.length == 0)[:, :, None]
-        text = blocking.text
-        if text is not None:
-            out = out | text | text[:, None]
+        if blocking.text is not None and rows.text is not None:
+            out = out | blocking.text | rows.text[:, None]
         if worst:
             last = torch.where(out, torch.inf, scores).topk(worst, -1, largest=False).indices
             out = out.scatter(-1, last, True)
-        return BlockMap.from_mask(~out, blocking)
+        return BlockMap.from_mask(~out, rows, blocking)
 
-    def _linear(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _linear(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """Linear attention of all tokens ``[B, N, H, D]`` in the dtype of v; 0 where the denominator is."""
         q, k = self._feature(q), self._feature(k)
-        state = torch.einsum("bnhd,bnhe->bhde", k, F.pad(v.to(k.dtype), (0, 1), value=1.0))
+        state = call.over_shards(torch.einsum("bnhd,bnhe->bhde", k, F.pad(v.to(k.dtype), (0, 1), value=1.0)))
         parts = torch.einsum("bnhd,bhde->bnhe", q, state)
         total = parts[..., -1:]
         return torch.where(total > 0, parts[..., :-1] / torch.where(total > 0, total, 1), 0).to(v.dtype)
 
-    def _linear_beside(self, q: Tensor, k: Tensor, v: Tensor, rest: BlockMap) -> Tensor:
-        """Linear attention over the blocks of a map, in host order and in the dtype of v."""
-        blocking = rest.q
-        q, k = blocking.pack(self._feature(q)), blocking.pack(self._feature(k))
-        parts = ops.block_linear_attention(q, k, blocking.pack(v).to(q.dtype), rest)
-        return blocking.unpack(parts).to(v.dtype)
+    def _linear_beside(self, q: Tensor, k: Tensor, v: Tensor, rest: BlockMap, call: Call) -> Tensor:
+        """Linear attention over the blocks of a map, in the order of q and in the dtype of v."""
+        rows = call.rows
+        q, k = rows.pack(self._feature(q)), rows.pack(self._feature(k))
+        k, values = call.all_slots(k), call.all_slots(rows.pack(v).to(q.dtype))
+        return rows.unpack(ops.block_linear_attention(q, k, values, rest)).to(v.dtype)
 
     def _feature(self, x: Tensor) -> Tensor:
         wide = x.double() if x.dtype == torch.float64 else x.float()

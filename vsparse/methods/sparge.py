@@ -13,9 +13,9 @@ from torch import Tensor
 from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
-from vsparse.layouts import Blocking, CurveLayout, Layout, RasterLayout
+from vsparse.layouts import CurveLayout, Layout, RasterLayout
 from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, greatest_density
-from vsparse.parallel.share import ALL, Share
+from vsparse.parallel.share import Share
 from vsparse.schedule import Phase
 
 __all__ = ["SpargeAttention", "SpargeAttn"]
@@ -155,20 +155,17 @@ class SpargeAttention(SparseAttention):
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Pooled prediction, guard, selection, exact attention in what is kept."""
-        blocking = call.blocking
-        packed = [blocking.pack(x.detach()) for x in (q, k, v)]
-        blocks = self.choose(packed[0], packed[1], blocking, call.density, call.share)
+        packed = [call.rows.pack(x.detach()) for x in (q, k, v)]
+        blocks = self.choose(packed[0], packed[1], call)
         self.tally(blocks, q.shape[0])
-        threshold = self.method.skip_threshold
-        return ops.host_order_attention(q, k, v, blocks, packed=packed, skip_threshold=threshold), ()
+        return call.attend(q, k, v, blocks, packed=packed, skip_threshold=self.method.skip_threshold), ()
 
-    def choose(self, q: Tensor, k: Tensor, blocking: Blocking, density: Tensor, share: Share = ALL) -> BlockMap:
-        """The map of packed queries and keys ``[B, S, H, D]``; ``density`` is the 0-d budget of the call."""
-        method = self.method
-        q_mean, q_alike = ops.block_pool(q, blocking, self_similarity=True)
-        k_mean, k_alike = ops.block_pool(
-            _smooth(k, blocking) if method.smooth_keys else k, blocking, self_similarity=True
-        )
+    def choose(self, q: Tensor, k: Tensor, call: Call) -> BlockMap:
+        """The map of packed queries and keys ``[B, S, H, D]``."""
+        method, rows, blocking, share = self.method, call.rows, call.blocking, call.share
+        q_mean, q_alike = ops.block_pool(q, rows, self_similarity=True)
+        k_mean, k_alike = ops.block_pool(_smooth(k, call) if method.smooth_keys else k, rows, self_similarity=True)
+        k_mean, k_alike = call.all_blocks(k_mean), call.all_blocks(k_alike)
         forced = torch.zeros(1, 1, 1, blocking.blocks, dtype=torch.bool, device=q.device)
         if method.guarded:
             least = self._per_head("similarity", method.least_similarity, share)
@@ -179,27 +176,29 @@ class SpargeAttention(SparseAttention):
         text = blocking.text
         if text is not None:
             free = free & ~text
-            forced = forced | text[:, None] | text
+            assert rows.text is not None
+            forced = forced | rows.text[:, None] | text
         if method.sink:
             video = torch.ones_like(forced[0, 0, 0]) if text is None else ~text
             forced = forced | (video & (video.cumsum(0) == 1))
         scores = torch.einsum("bqhd,bkhd->bhqk", q_mean, k_mean) * q.shape[-1] ** -0.5
         scores = torch.where(free, scores, -torch.inf)
-        forced = forced.expand(*forced.shape[:2], blocking.blocks, -1)
+        forced = forced.expand(*forced.shape[:2], rows.blocks, -1)
         if method.select == "mass":
             # A row without a free block is NaN after the softmax; all its blocks are forced.
             weights = torch.where(free, scores.softmax(-1), 0)
             mass = self._per_head("mass", method.mass, share)
             limit = mass[None, :, None] if isinstance(mass, Tensor) else mass
             return select.top_p(
-                weights, blocking, mass=limit, include_crossing=False, forced=forced, forced_budget="join"
+                weights, rows, blocking, mass=limit, include_crossing=False, forced=forced, forced_budget="join"
             )
         video_blocks = blocking.layout.video_tiles  # type: ignore[union-attr]
         most = kept_blocks(self.peak_density, video_blocks) + method.sink + blocking.blocks - video_blocks
         return select.top_k(
             scores,
+            rows,
             blocking,
-            count=select.budget(density, video_blocks),
+            count=select.budget(call.density, video_blocks),
             forced=forced,
             forced_budget="join",
             capacity=blocking.blocks if method.guarded else most,
@@ -214,11 +213,11 @@ class SpargeAttention(SparseAttention):
         return share.own_heads(bits.view(torch.float64), 0)
 
 
-def _smooth(k: Tensor, blocking: Blocking) -> Tensor:
+def _smooth(k: Tensor, call: Call) -> Tensor:
     """``k`` less the mean over its valid slots; packed slots that are not valid hold zeros before and are not read."""
     wide = torch.float64 if k.dtype == torch.float64 else torch.float32
-    valid = blocking.length.sum(-1)[:, None, :, None]
-    return k - (k.sum(1, keepdim=True, dtype=wide) / valid).to(k.dtype)
+    valid = call.blocking.length.sum(-1)[:, None, :, None]
+    return k - (call.all_sum(k, wide) / valid).to(k.dtype)
 
 
 def _number(value: object) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from vsparse import ops, reference
 from vsparse.blocks import BlockMap
 from vsparse.layouts import Blocking
-from vsparse.methods.base import Site, check_density
+from vsparse.methods.base import Call, Site, check_density
 from vsparse.methods.samples import Sample, alike, attended, distance
 from vsparse.methods.sparge import SpargeAttention, SpargeAttn
 
@@ -95,8 +95,14 @@ def _best(
 def _maps(method: Any, site: Site, samples: Sequence[_Packed]) -> list[BlockMap]:
     module = method.build(site).to(samples[0].q.device)
     assert isinstance(module, SpargeAttention)
-    budget = samples[0].q.new_ones((), dtype=torch.float64)
-    return [module.choose(x.q, x.k, x.blocking, budget) for x in samples]
+    return [module.choose(x.q, x.k, _call(x.blocking)) for x in samples]
+
+
+def _call(blocking: Blocking) -> Call:
+    """A call of all rows, whose budget is everything."""
+    assert blocking.layout is not None
+    step, density = (torch.full((), x, device=blocking.length.device) for x in (-1, 1.0))
+    return Call(layout=blocking.layout, blocking=blocking, text_length=None, step=step, density=density.double())
 
 
 def _measure(method: Any, site: Site, samples: Sequence[_Packed]) -> tuple[list[float], list[float]]:

@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vsparse import ops
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid
 from vsparse.layouts import Blocking, Layout, RasterLayout
@@ -134,33 +133,30 @@ class SVGAttention(SparseAttention):
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Try both bands on sampled queries, attend in the better one."""
-        blocking, candidates = call.blocking, call.static
+        candidates = call.static
         assert candidates is not None
-        packed = [blocking.pack(x.detach()) for x in (q, k, v)]
+        packed = [call.rows.pack(x.detach()) for x in (q, k, v)]
         spatial, temporal = _apart(candidates)
-        near, far = self._errors(packed[0], packed[1], packed[2], blocking, (spatial, temporal), call.step)
+        near, far = self._errors(packed[0], packed[1], packed[2], call, (spatial, temporal))
         moves = (far < near)[..., None]
         index = torch.where(moves[..., None], temporal.index, spatial.index)
-        blocks = BlockMap(index, torch.where(moves, temporal.count, spatial.count), blocking, blocking)
+        blocks = BlockMap(index, torch.where(moves, temporal.count, spatial.count), call.blocking, call.blocking)
+        blocks = call.own_rows(blocks, call.rows)
         self.tally(blocks, q.shape[0])
-        return ops.host_order_attention(q, k, v, blocks, packed=packed), ()
+        return call.attend(q, k, v, blocks, packed=packed), ()
 
-    def _errors(
-        self, q: Tensor, k: Tensor, v: Tensor, blocking: Blocking, candidates: tuple[BlockMap, ...], step: Tensor
-    ) -> list[Tensor]:
+    def _errors(self, q: Tensor, k: Tensor, v: Tensor, call: Call, candidates: tuple[BlockMap, ...]) -> list[Tensor]:
         """``[B, H]`` float32 for each candidate: squared error of the sampled queries against full attention."""
-        layout = blocking.layout
-        assert layout is not None
-        grid = layout.grid
-        token = grid.text_before + chance.spread(self.method.rows, grid.video, salt=self.salt, step=step)
-        queries = q.index_select(1, layout.token_slot[0, 0, token])
+        layout, grid = call.layout, call.grid
+        token = grid.text_before + chance.spread(self.method.rows, grid.video, salt=self.salt, step=call.step)
+        queries = call.slots_anywhere(q, layout.token_slot[0, 0, token])
         rows = Blocking(length=torch.ones_like(token, dtype=torch.int32)[None, None], block=1)
         block = layout.token_block[0, 0, token]
-        wanted, _ = ops.block_sparse_attention(queries, k, v, BlockMap.full(rows, blocking))
+        wanted = call.attend_anywhere(queries, k, v, BlockMap.full(rows, call.blocking))
         errors = []
         for candidate in candidates:
             index, count = candidate.index[:, :, block], candidate.count[:, :, block]
-            found, _ = ops.block_sparse_attention(queries, k, v, BlockMap(index, count, rows, blocking))
+            found = call.attend_anywhere(queries, k, v, BlockMap(index, count, rows, call.blocking))
             errors.append((found.float() - wanted.float()).square().sum((1, 3)))
         return errors
 

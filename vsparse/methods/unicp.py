@@ -252,7 +252,7 @@ class UniCPAttention(SparseAttention):
         if self.inner is not None:
             self.inner.peak_density, self.inner.call = self.peak_density, call
             return self.inner.core(q, k, v, hidden, call)
-        self.tally(BlockMap.full(call.blocking), q.shape[0])
+        self.tally(BlockMap.full(call.rows, call.blocking), q.shape[0])
         basis = call.share.own_heads(self.basis, 0) if self.basis is not None and self.phase == "reuse" else None
         return full_attention(q, k, v, call, basis), ()
 
@@ -289,6 +289,11 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, call: Call, basis: Tensor | 
         ``[B, N, H, D]``, contiguous; 0 for text that is not valid.
     """
     scale, mask, shown = q.shape[-1] ** -0.5, None, None
+    if call.share.shard is not None:
+        if basis is not None:
+            q = torch.einsum("bnhd,hdr,hcr->bnhc", q, basis.to(q.dtype), basis.to(q.dtype))
+        everything = BlockMap.full(call.rows, call.blocking)
+        return call.attend(q, k, v, everything, packed=[call.rows.pack(x) for x in (q, k, v)])
     if call.text_length is not None:
         shown = valid_tokens(call.grid, call.text_length)
         size = call.grid.tokens if call.trim is None else call.trim.shape[0]

@@ -90,22 +90,24 @@ class VideoSparseAttention(SparseAttention):
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Coarse scores, top-k tiles, exact attention inside them. aux: the coarse output ``[B, tiles, H, D]``."""
-        blocking, layout = call.blocking, call.layout
-        packed = [blocking.pack(x) for x in (q, k, v)]
-        tiles = blocking.tiles()
-        means = [ops.block_pool(x, tiles) for x in packed]
-        coarse, scores = recomputed(_coarse, *means, tiles.text, v.dtype)
+        rows, keys, layout = call.rows, call.blocking, call.layout
+        packed = [rows.pack(x) for x in (q, k, v)]
+        own, tiles = rows.tiles(), keys.tiles()
+        q_mean, k_mean, v_mean = (ops.block_pool(x, own) for x in packed)
+        k_mean, v_mean = call.all_blocks(torch.cat((k_mean, v_mean), -1)).chunk(2, -1)
+        coarse, scores = recomputed(_coarse, q_mean, k_mean, v_mean, tiles.text, v.dtype)
         count = layout.video_tiles
         chosen = select.top_k(
             scores,
+            own,
             tiles,
             count=select.budget(call.density, count),
-            forced=select.forced_text(tiles),
+            forced=select.forced_text(own, tiles),
             capacity=kept_blocks(self.peak_density, count) + tiles.blocks - count,
         )
-        blocks = select.expand_tiles(chosen, blocking)
+        blocks = select.expand_tiles(chosen, rows, keys)
         self.tally(blocks, q.shape[0])
-        return ops.host_order_attention(q, k, v, blocks, packed=packed), (coarse,)
+        return call.attend(q, k, v, blocks, packed=packed), (coarse,)
 
     def combine(self, fine: Tensor, aux: tuple[Tensor, ...], hidden: Tensor | None, call: Call) -> Tensor:
         """Add the gated coarse branch to the video tokens."""
@@ -117,9 +119,8 @@ class VideoSparseAttention(SparseAttention):
 
     def _branch(self, hidden: Tensor, coarse: Tensor, call: Call) -> Tensor:
         """The gated coarse output of every video token, ``[B, video, H, D]``."""
-        first, video = call.grid.text_before, call.grid.video
         gate: Tensor = self.to_gate_compress(hidden).unflatten(-1, coarse.shape[2:])
-        return gate * call.share.own_tokens(call.blocking.tiles().expand(coarse)[:, first : first + video], 1)
+        return gate * call.own_video(call.rows.tiles().expand(coarse))
 
 
 def _coarse(q: Tensor, k: Tensor, v: Tensor, text: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

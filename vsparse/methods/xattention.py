@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vsparse import ops, select
+from vsparse import select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid
 from vsparse.layouts import Blocking, Layout, RasterLayout
@@ -95,34 +95,36 @@ class AntidiagonalAttention(SparseAttention):
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Antidiagonal mass, top-p, exact attention in what is kept."""
-        blocking = call.blocking
-        packed = [blocking.pack(x.detach()) for x in (q, k, v)]
-        blocks = self._choose(packed[0], packed[1], blocking)
+        packed = [call.rows.pack(x.detach()) for x in (q, k, v)]
+        blocks = self._choose(packed[0], packed[1], call)
         self.tally(blocks, q.shape[0])
-        return ops.host_order_attention(q, k, v, blocks, packed=packed), ()
+        return call.attend(q, k, v, blocks, packed=packed), ()
 
-    def _choose(self, q: Tensor, k: Tensor, blocking: Blocking) -> BlockMap:
-        mass = self.method.mass
-        video = blocking.layout.video_tiles  # type: ignore[union-attr]
+    def _choose(self, q: Tensor, k: Tensor, call: Call) -> BlockMap:
+        rows, blocking, mass = call.rows, call.blocking, self.method.mass
+        video = call.layout.video_tiles
         return select.top_p(
-            antidiagonal_mass(q, k, blocking, self.method.stride),
+            # It reads every key, so those of other processes come whole.
+            antidiagonal_mass(q, call.all_slots(k), blocking, self.method.stride, rows),
+            rows,
             blocking,
             mass=mass,
             include_crossing=True,
-            forced=select.forced_text(blocking),
+            forced=select.forced_text(rows, blocking),
             capacity=select.top_p_capacity(mass, video) + blocking.blocks - video,
         )
 
 
-def antidiagonal_mass(q: Tensor, k: Tensor, blocking: Blocking, stride: int) -> Tensor:
+def antidiagonal_mass(q: Tensor, k: Tensor, blocking: Blocking, stride: int, rows: Blocking | None = None) -> Tensor:
     """How much of the softmax over the folded video keys lands in each block pair.
 
     Args:
         q, k: ``[B, S, H, D]`` in block order, zero where there is no token.
-        blocking: Of both; its blocks are a multiple of ``stride``. A fold without a token and the folds of text take
-            no part.
+        blocking: Of the keys; its blocks are a multiple of ``stride``. A fold without a token and the folds of text
+            take no part.
         stride: Tokens of a fold. The logit of two folds is the sum of their antidiagonal, ``sum_s q[stride - 1 - s] .
             k[s]``, over ``stride * sqrt(D)``.
+        rows: Of the queries; None: the same.
 
     Returns:
         ``[B, H, Q, K]`` float32 (float64 for float64 input).
@@ -132,9 +134,8 @@ def antidiagonal_mass(q: Tensor, k: Tensor, blocking: Blocking, stride: int) -> 
     columns = blocking.blocks * folds
     first = torch.arange(0, blocking.block, stride, device=q.device)
     # Folds that hold a token, by block: [B|1, H|1, K, folds].
-    valid = first < blocking.length[..., None]
-    if blocking.text is not None:
-        valid = valid & ~blocking.text[:, None]
+    rows = blocking if rows is None else rows
+    valid, asked = (_video(side, first) for side in (blocking, rows))
     # The power of two in the scale is taken off before the product, exactly: sums of many terms overflow float16.
     scale = width**-0.5 / stride
     early = 2.0 ** math.floor(math.log2(scale))
@@ -142,11 +143,17 @@ def antidiagonal_mass(q: Tensor, k: Tensor, blocking: Blocking, stride: int) -> 
     k_fold = k.unflatten(1, (-1, stride)).permute(0, 3, 1, 2, 4).flatten(3).transpose(-1, -2)
     chunk = max(1, _ROOM // (batch * heads * folds * columns))
     found = []
-    for low in range(0, blocking.blocks, chunk):
-        high = min(low + chunk, blocking.blocks)
+    for low in range(0, rows.blocks, chunk):
+        high = min(low + chunk, rows.blocks)
         logits = (q_fold[:, :, low * folds : high * folds] @ k_fold).to(statistics_dtype(q.dtype))
         logits = torch.where(valid.flatten(2)[:, :, None], logits * (scale / early), -torch.inf)
         by_key = logits.softmax(-1).unflatten(-1, (blocking.blocks, folds)).sum(-1)
         by_key = by_key.unflatten(2, (high - low, folds))
-        found.append(torch.where(valid[:, :, low:high, :, None], by_key, 0).sum(3))
+        found.append(torch.where(asked[:, :, low:high, :, None], by_key, 0).sum(3))
     return torch.cat(found, 2)
+
+
+def _video(side: Blocking, first: Tensor) -> Tensor:
+    """``[B|1, H|1, K, folds]`` bool: folds that begin before the last token of a block of the video."""
+    valid = first < side.length[..., None]
+    return valid if side.text is None else valid & ~side.text[:, None]

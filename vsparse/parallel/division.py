@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from vsparse.geometry import Grid
+from vsparse.layouts import Layout
 from vsparse.parallel.context import ContextParallel, Groups, agree
+from vsparse.parallel.shard import Shard, cannot_shard, order_of, shard_of
 from vsparse.parallel.share import ALL, Cut, Share, even, even_heads
 
 __all__ = ["Division"]
@@ -21,7 +25,8 @@ class Division:
     def __init__(self, setting: ContextParallel, groups: Groups) -> None:
         self.setting, self.groups = setting, groups
         self.cut: Cut | None = None
-        self._cuts: dict[tuple[object, ...], Cut] = {}
+        self.shard: Shard | None = None
+        self._cuts: dict[tuple[object, ...], tuple[Cut, Shard | None]] = {}
         self._shares: dict[tuple[object, ...], Share] = {}
 
     @property
@@ -29,28 +34,41 @@ class Division:
         """Whether this process has everything."""
         return self.groups.alone
 
-    def begin(self, grid: Grid, batch: int, device: torch.device) -> None:
+    def begin(self, grid: Grid, batch: int, device: torch.device, layouts: Sequence[Layout]) -> None:
         """Divide a forward; at a size that is new, all processes of the video must come with the same one.
+
+        Args:
+            layouts: Of all sites, on the device.
 
         Raises:
             ValueError: another size or batch on another process, or a video too small to divide.
+            NotImplementedError: tokens cannot be shared in the order of these layouts.
         """
         if self.alone:
             return
         key = (grid, batch, device)
         if key not in self._cuts:
             agree(self.groups.all, "context parallel", {"grid": grid, "batch": batch})
-            self._cuts[key] = self._divide(grid, device)
-        self.cut = self._cuts[key]
+            self._cuts[key] = self._divide(grid, layouts)
+        self.cut, self.shard = self._cuts[key]
 
-    def _divide(self, grid: Grid, device: torch.device) -> Cut:
+    def _divide(self, grid: Grid, layouts: Sequence[Layout]) -> tuple[Cut, Shard | None]:
         count = self.groups.all.size
         if grid.video < count:
             raise ValueError(
                 f"context parallel: {grid} has {grid.video} video tokens for {count} processes; use fewer, or a larger "
                 "video"
             )
-        return Cut(groups=self.groups, grid=grid, sizes=even(grid.video, count))
+        if self.groups.rows.size == 1 or not layouts:
+            return Cut(groups=self.groups, grid=grid, sizes=even(grid.video, count)), None
+        if against := cannot_shard(layouts):
+            raise NotImplementedError(
+                f"context parallel: {self.setting} shares tokens, which this method does not allow: {against}; share "
+                f"heads alone, ulysses={self.setting.size}"
+            )
+        shard = shard_of(layouts[0], self.groups.rows, self.groups.how)
+        sizes = tuple(size for tokens in shard.tokens for size in even(tokens, self.groups.heads.size))
+        return Cut(groups=self.groups, grid=grid, sizes=sizes, order=order_of(layouts[0])), shard
 
     def share(self, layer: int, heads: int) -> Share:
         """What this process computes of an attention."""
@@ -58,7 +76,7 @@ class Division:
             return ALL
         key = (id(self.cut), layer, heads)
         if key not in self._shares:
-            self._shares[key] = Share(self.cut, even_heads(heads, self.groups.heads.size))
+            self._shares[key] = Share(self.cut, even_heads(heads, self.groups.heads.size), self.shard)
         return self._shares[key]
 
     def __deepcopy__(self, memo: dict[int, object]) -> Division:

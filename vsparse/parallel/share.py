@@ -12,6 +12,7 @@ from torch import Tensor
 from vsparse.geometry import Grid
 from vsparse.parallel.collectives import all_to_all, gather, total
 from vsparse.parallel.context import Groups
+from vsparse.parallel.shard import Shard
 
 __all__ = ["ALL", "Cut", "Share", "even", "even_heads"]
 
@@ -111,10 +112,11 @@ class Share:
 
     Args:
         cut: Who holds which tokens. heads: that each process of the head group computes, ascending.
+        shard: The rows of this process where others compute other rows; None: it has all of them.
     """
 
-    def __init__(self, cut: Cut | None = None, heads: Heads = ()) -> None:
-        self.cut, self.heads = cut, heads
+    def __init__(self, cut: Cut | None = None, heads: Heads = (), shard: Shard | None = None) -> None:
+        self.cut, self.heads, self.shard = cut, heads, shard
         self.alone = cut is None or cut.groups.alone
         if cut is not None and not self.alone:
             self._group = cut.groups.heads
@@ -192,17 +194,23 @@ class Share:
         return _select(x, self.mine, dim)
 
     def loss(self, part: Tensor) -> Tensor:
-        """The sum of the parts of a loss that the processes have; each part's gradient stays with its process."""
+        """The sum of the parts of a loss that processes have for their heads; a part's gradient stays with its process.
+
+        Processes that share tokens must have the same parts.
+        """
         if self.cut is None:
             return part
         groups = self.cut.groups
         if groups.scale != 1.0:
             part = _Scaled.apply(part, groups.scale)  # type: ignore[no-untyped-call]
-        return total(groups.all, part, what="loss", adjoint="once")
+        return total(groups.heads, part, what="loss", adjoint="once")
 
-    def own_tokens(self, x: Tensor, dim: int) -> Tensor:
-        """Of what is known of all tokens of the video, with or without text, that of those this process holds."""
-        return x if self.cut is None else self.cut.take(x, dim)
+    def of_shard(self, x: Tensor, dim: int) -> Tensor:
+        """Of the video tokens of the shard, those of this process."""
+        if self.alone or self._group.size == 1:
+            return x
+        me = self._group.rank
+        return x.narrow(dim, sum(self._sizes[:me]), self._sizes[me])
 
     # ---- parts of tensors -------------------------------------------------------------------------------------------
 
