@@ -13,7 +13,6 @@ from typing import Any
 
 import rows
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import vsparse
@@ -92,12 +91,7 @@ def _run(case: Case, phase: str, dtype: torch.dtype, parallel: ContextParallel |
             outputs = rows.walk(patch, phase, lambda branch, step: model(**values)[0], ["cond"])
             return outputs[0]
 
-        found = _collect(model, call, patch, with_grad)
-    if parallel is not None and with_grad:
-        for name, x in found.items():
-            if name.startswith("gradient"):
-                dist.all_reduce(x)
-    return found
+        return _collect(model, call, patch, with_grad)
 
 
 def _collect(model: nn.Module, call: Any, patch: Any, with_grad: bool) -> Found:
@@ -109,5 +103,7 @@ def _collect(model: nn.Module, call: Any, patch: Any, with_grad: bool) -> Found:
             weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
             loss = (out * weight.to(out.dtype)).mean() + sum(losses.values())
             loss.backward()
+            if patch:
+                patch.sum_gradients()
             found |= {f"gradient {name}": x for name, x in rows.gradients(model).items()}
     return found

@@ -147,6 +147,21 @@ class Patch:
         """
         return self._tracker.suspend()
 
+    def sum_gradients(self) -> None:
+        """Add up the gradients of each model over the processes that share its videos.
+
+        Each of them holds a part of every gradient, that of its tokens and heads. Call it on all of them after the
+        backward, before clipping and the optimiser. Without `ContextParallel` it does nothing; with
+        ``gradients="mean"`` it is what wraps the model that averages, and this refuses.
+
+        Raises:
+            ValueError: the gradients are averaged elsewhere.
+        """
+        for runtime in self._runtimes:
+            model = self._models[runtime.name]()
+            if model is not None:
+                runtime.division.sum_gradients(model.parameters())
+
     def training_step(self, i: int) -> None:
         """Tell a schedule with a ramp which training step comes next."""
         if isinstance(i, bool) or not isinstance(i, int) or i < 0:

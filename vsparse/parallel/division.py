@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from vsparse.geometry import Grid
 from vsparse.layouts import Layout
@@ -78,6 +80,30 @@ class Division:
         if key not in self._shares:
             self._shares[key] = Share(self.cut, even_heads(heads, self.groups.heads.size), self.shard)
         return self._shares[key]
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add up gradients over the processes of the video; one that some of them lack is zero there.
+
+        Raises:
+            ValueError: they are averaged elsewhere.
+        """
+        if self.alone:
+            return
+        if self.setting.gradients == "mean":
+            raise ValueError('context parallel: gradients="mean" leaves them to DDP or fully_shard, which average them')
+        group = self.groups.all.handle
+        trained = [x for x in parameters if x.requires_grad]
+        if not trained:
+            return
+        known = torch.tensor([x.grad is not None for x in trained], dtype=torch.uint8, device=trained[0].device)
+        dist.all_reduce(known, dist.ReduceOp.MAX, group=group)
+        used = [x for x, anywhere in zip(trained, known.tolist(), strict=True) if anywhere]
+        for dtype in sorted({x.dtype for x in used}, key=str):
+            some = [x for x in used if x.dtype == dtype]
+            flat = torch.cat([(torch.zeros_like(x) if x.grad is None else x.grad).flatten() for x in some])
+            dist.all_reduce(flat, group=group)
+            for parameter, grad in zip(some, flat.split([x.numel() for x in some]), strict=True):
+                parameter.grad = grad.view_as(parameter).clone()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Division:
         if not self.alone:

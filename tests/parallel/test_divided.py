@@ -1,0 +1,59 @@
+"""A host whose video several processes share gives what it gives alone, every gradient included."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import processes
+import pytest
+import rows
+from divided import Case, compared
+
+from vsparse.parallel.context import parse
+
+Get = Callable[[], processes.Pool]
+Row = tuple[str, str, str]
+
+PAIRS = ("ulysses=2", "ring=2", "gather=2")
+FOURS = ("ulysses=2,ring=2", "ulysses=4", "ulysses=2,gather=2", "ring=4", "gather=4")
+BY_HEAD = ("sta", "pattern")  # their rows have patterns for two heads
+ORDERS = ("vmoba", "svg2", "by_layer")  # tokens in another order in each layer, or in each call
+
+
+def _fits(method: str, setting: str) -> bool:
+    parallel = parse(setting)
+    return not (method in ORDERS and parallel.rows > 1) and not (method in BY_HEAD and parallel.ulysses > 2)
+
+
+def _all(settings: Iterable[str]) -> list[Row]:
+    return [row for row in itertools.product(rows.HOSTS, rows.METHODS, settings) if _fits(*row[1:])]
+
+
+def _thin(settings: tuple[str, ...], methods: int) -> list[Any]:
+    """Some methods on Wan, each in one setting, and every other host in every setting with one method."""
+    turns, kept = itertools.cycle(settings), set()
+    for method in list(rows.METHODS)[-methods:]:
+        kept.add(("wan", method, next(x for x in turns if _fits(method, x))))
+    chosen = itertools.cycle(reversed([x for x in rows.METHODS if x not in (*ORDERS, *BY_HEAD, "unicp", "adaspa")]))
+    kept |= {(host, next(chosen), x) for host in rows.HOSTS if host != "wan" for x in settings[:3]}
+    return [row if row in kept else pytest.param(*row, marks=pytest.mark.full) for row in _all(settings)]
+
+
+def _check(get: Get, host: str, method: str, setting: str) -> None:
+    parallel = parse(setting)
+    heads = 2 if method in BY_HEAD else 5 if parallel.ulysses == 4 else 3
+    case = Case(host=host, method=method, parallel=parallel, heads=heads, checkpointing=method in ("vsa", "dsv"))
+    found = get().run(compared, case)
+    assert all(max(one.values()) <= 2 for one in found), found
+
+
+@pytest.mark.parametrize(("host", "method", "setting"), _thin(PAIRS, len(rows.METHODS)))
+def test_two_processes(pool: Get, host: str, method: str, setting: str) -> None:
+    _check(pool, host, method, setting)
+
+
+@pytest.mark.parametrize(("host", "method", "setting"), _thin(FOURS, 5))
+def test_four_processes(pool: Get, host: str, method: str, setting: str) -> None:
+    _check(pool, host, method, setting)
