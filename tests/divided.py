@@ -13,7 +13,9 @@ from typing import Any
 
 import rows
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import vsparse
 from vsparse.parallel.context import ContextParallel
@@ -28,6 +30,7 @@ class Case:
     Args:
         host, method: Rows of `rows`. parallel: how many processes in which roles. heads: of the host. options: of the
             method, None: those of its row. grid, batch: of the video. checkpointing: of activations.
+        order: Of diffusers' own `enable_parallelism`, "before" or "after" the patch; None: vsparse divides by itself.
     """
 
     host: str
@@ -38,6 +41,7 @@ class Case:
     grid: tuple[int, int, int] = rows.SMALL
     batch: int = 2
     checkpointing: bool = False
+    order: str | None = None
 
     @property
     def given(self) -> Mapping[str, Any]:
@@ -82,13 +86,19 @@ def _stock(case: Case, dtype: torch.dtype, with_grad: bool) -> Found:
 
 def _run(case: Case, phase: str, dtype: torch.dtype, parallel: ContextParallel | None, with_grad: bool) -> Found:
     model, values = _values(case, dtype)
-    with rows.randomise(vsparse.apply(model, case.method, parallel=parallel, **case.given)) as patch:
+    by_diffusers = parallel is not None and case.order is not None
+    if by_diffusers and case.order == "before":
+        enable_parallelism(model, case.parallel)
+    own = None if by_diffusers else parallel
+    with rows.randomise(vsparse.apply(model, case.method, parallel=own, **case.given)) as patch:
+        if by_diffusers and case.order == "after":
+            enable_parallelism(model, case.parallel)
         model.train(with_grad)
         if case.checkpointing:
             model.enable_gradient_checkpointing()
 
         def call() -> Tensor:
-            outputs = rows.walk(patch, phase, lambda branch, step: model(**values)[0], ["cond"])
+            outputs = rows.walk(patch, phase, lambda branch, step: model(**values, return_dict=False)[0], ["cond"])
             return outputs[0]
 
         return _collect(model, call, patch, with_grad)
@@ -107,3 +117,20 @@ def _collect(model: nn.Module, call: Any, patch: Any, with_grad: bool) -> Found:
                 patch.sum_gradients()
             found |= {f"gradient {name}": x for name, x in rows.gradients(model).items()}
     return found
+
+
+def enable_parallelism(model: nn.Module, parallel: ContextParallel, **plan: Any) -> None:
+    """diffusers' own division; it asks for an accelerator even where gloo runs on CPUs."""
+    from diffusers import ContextParallelConfig
+
+    counted, torch.accelerator.device_count = torch.accelerator.device_count, lambda: 1
+    kind, torch._C._get_accelerator = torch._C._get_accelerator, lambda: torch.device("cpu")
+    try:
+        replicas = dist.get_world_size() // parallel.size
+        mesh = init_device_mesh(
+            "cpu", (replicas, parallel.ring, parallel.ulysses), mesh_dim_names=("replicas", "ring", "ulysses")
+        )
+        config = ContextParallelConfig(ring_degree=parallel.ring, ulysses_degree=parallel.ulysses, mesh=mesh)
+        model.enable_parallelism(config=config, **plan)
+    finally:
+        torch.accelerator.device_count, torch._C._get_accelerator = counted, kind

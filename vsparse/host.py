@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vsparse.fingerprint import Fingerprint
 from vsparse.geometry import Grid
 from vsparse.methods import Site, SparseAttention
+from vsparse.parallel.context import ContextParallel
 from vsparse.parallel.division import Division
 from vsparse.runtime import Reading, Runtime
 from vsparse.steps import StepSource
@@ -55,6 +56,13 @@ class HostAdapter(Protocol):
 
     def read(self, module: nn.Module, arguments: Mapping[str, Any]) -> Reading:
         """What a forward's arguments say."""
+
+    def context_parallel(self, module: nn.Module) -> ContextParallel | None:
+        """The division between processes that a root's own library makes, with its mesh; None when it makes none.
+
+        Raises:
+            NotImplementedError: one that attention cannot follow.
+        """
 
     def grid(self, target: object, root: Root, height: int, width: int, num_frames: int) -> Grid:
         """The lattice for a size in pixels."""

@@ -320,6 +320,7 @@ def _install(
         schedule=made.schedule,
         tracker=tracker,
         read=host.read,
+        parallel=host.context_parallel,
         bind=host.bind,
         intact=host.intact,
         placement=host.placement,

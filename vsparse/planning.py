@@ -14,7 +14,7 @@ from vsparse.geometry import Grid
 from vsparse.host import Claim, HostAdapter, Root, find_roots
 from vsparse.layouts import Layout
 from vsparse.methods import Method, Site, get_method
-from vsparse.runtime import grid_reasons, kernel_reasons
+from vsparse.reasons import grid_reasons, kernel_reasons
 from vsparse.schedule import Schedule
 
 __all__ = ["Plan", "make_plan", "plan", "resolve_method", "resolve_schedule"]

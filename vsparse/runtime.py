@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import sys
 import threading
 import warnings
 import weakref
@@ -14,19 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from vsparse import backend
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid
 from vsparse.layouts import Blocking, Layout
-from vsparse.methods.base import Call, Method, Site, SparseAttention, static_maps
+from vsparse.methods.base import Call, Method, SparseAttention, static_maps
+from vsparse.parallel.context import ContextParallel
 from vsparse.parallel.division import Division
 from vsparse.parallel.share import Cut, Share
+from vsparse.reasons import grid_reasons, kernel_reasons
 from vsparse.schedule import Phase, Schedule
 from vsparse.state import Version
 from vsparse.steps import Tracker, Where
 from vsparse.wrapping import unreduced
 
-__all__ = ["Reading", "Runtime", "kernel_reasons"]
+__all__ = ["Reading", "Runtime"]
 
 _LAYOUTS = 8  # grids whose layouts a root keeps
 
@@ -80,6 +82,7 @@ class Runtime:
         schedule: Schedule,
         tracker: Tracker,
         read: Callable[[nn.Module, Mapping[str, Any]], Reading],
+        parallel: Callable[[nn.Module], ContextParallel | None],
         bind: Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], Mapping[str, Any]],
         intact: Callable[[nn.Module, SparseAttention], str | None],
         placement: Callable[[nn.Module], tuple[torch.device, torch.dtype]],
@@ -89,6 +92,7 @@ class Runtime:
     ) -> None:
         self.name, self.sites, self.method, self.schedule = name, list(sites), method, schedule
         self.tracker, self.read, self.bind, self.intact = tracker, read, bind, intact
+        self.parallel = parallel
         self.placement, self.strict, self.division = placement, strict, division
         self.skipped = dict(skipped or {})
         self.siblings: list[Runtime] = []
@@ -122,7 +126,8 @@ class Runtime:
         try:
             self._refuse_overlooked()
             self._prepare(module, self.read(module, self.bind(module, args, kwargs)))
-        except BaseException:
+        except BaseException as error:
+            self.division.failed(error)
             self._release()
             raise
 
@@ -131,6 +136,8 @@ class Runtime:
         if self._owner is not threading.current_thread():
             return
         now, failed = self._now, output is None
+        if failed:
+            self.division.failed(sys.exc_info()[1])
         try:
             if now is not None and not failed:
                 if not self.tracker.suspended:
@@ -173,6 +180,8 @@ class Runtime:
         trim = self._trim(reading)
         calls: dict[object, Call] = {}
         bound = []
+        if self.sites:
+            self.division.follow(self.parallel(module), self.sites[0].site.heads, reading.device)
         layouts = [self._layout(reading.grid, site, reading.device) for site in self.sites]
         self.division.begin(reading.grid, reading.batch, reading.device, layouts)
         for site in self.sites:
@@ -376,6 +385,7 @@ class Runtime:
             schedule=self.schedule,
             tracker=copy.deepcopy(self.tracker, memo),
             read=self.read,
+            parallel=self.parallel,
             bind=self.bind,
             intact=self.intact,
             placement=self.placement,
@@ -423,22 +433,3 @@ def _on_backward(output: Any, record: _Record) -> None:
                 record.restore(again=True)
 
             value.register_hook(restore)
-
-
-def grid_reasons(method: Method, grid: Grid) -> list[str]:
-    """Why a method cannot run on a video, whose size is known only when it is called."""
-    if "time" not in method.requires or grid.t > 1:
-        return []
-    return [
-        f"{method.key} needs 'time', more than one latent frame, and this video has one; generate more frames, or "
-        "choose a method that does without"
-    ]
-
-
-def kernel_reasons(method: Method, layout: Layout, site: Site, dtype: torch.dtype, device: torch.device) -> list[str]:
-    """Why the attention op cannot run a method on a device; asks the implementations about tensors without data."""
-    meta = layout.to("meta") if layout.length.device.type != "meta" else layout
-    blocking = Blocking(length=meta.length, block=meta.block, start=meta.start)
-    q = torch.empty(1, layout.slots, site.heads, site.head_dim, dtype=dtype, device="meta")
-    options = {"scale": site.head_dim**-0.5, "skip_threshold": None, **method.kernel_options()}
-    return backend.reasons("block_sparse_attention", device.type, q, q, q, BlockMap.full(blocking), **options)

@@ -16,6 +16,7 @@ from vsparse.geometry import Grid
 from vsparse.host import Claim, Root, TrainingHost
 from vsparse.methods import Site, SparseAttention
 from vsparse.optional import require
+from vsparse.parallel.context import ContextParallel
 from vsparse.parallel.division import Division
 from vsparse.runtime import Reading, Runtime
 from vsparse.steps import StepSource
@@ -27,6 +28,7 @@ from .training import training_side
 
 __all__ = [
     "bind",
+    "context_parallel",
     "divide",
     "fingerprint",
     "grid",
@@ -118,6 +120,11 @@ def read(module: nn.Module, arguments: Mapping[str, Any]) -> Reading:
     return _host(module).read(module, arguments)
 
 
+def context_parallel(module: nn.Module) -> ContextParallel | None:
+    """What ``enable_parallelism`` has put on a root."""
+    return cutting.by_diffusers(module)
+
+
 def grid(target: object, root: Root, height: int, width: int, num_frames: int) -> Grid:
     """The lattice for a size in pixels, by the pipeline's autoencoder or the family's usual one, with usual text."""
     host = _host(root.module)
@@ -149,14 +156,16 @@ def intact(module: nn.Module, sparse: SparseAttention) -> str | None:
 
 
 def listen(root: Root, runtime: Runtime) -> Callable[[], None]:
-    """Hear cache contexts, the end of a run, and saves of one root."""
+    """Hear cache contexts, the end of a run, and saves of one root; offer it a plan for several processes."""
     Listener.attach(root.module, runtime)
+    cutting.offer_plan(root.module, _host(root.module))
     return functools.partial(unlisten, root.module)
 
 
 def unlisten(module: nn.Module) -> None:
     """Undo `listen`, in a copied root too."""
     detach(module)
+    cutting.withdraw_plan(module)
     processors.forget(module)
 
 

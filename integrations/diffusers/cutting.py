@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from vsparse.parallel.context import ContextParallel
 from vsparse.parallel.division import Division
 
 from .hosts import Host
 
-__all__ = ["attach"]
+__all__ = ["attach", "by_diffusers", "offer_plan", "withdraw_plan"]
+
+_PLAN = "_cp_plan"
 
 
 def attach(root: nn.Module, host: Host, division: Division) -> Callable[[], None]:
@@ -41,6 +45,49 @@ def attach(root: nn.Module, host: Host, division: Division) -> Callable[[], None
             handle.remove()
 
     return undo
+
+
+def by_diffusers(root: nn.Module) -> ContextParallel | None:
+    """The division that `enable_parallelism` has made.
+
+    Raises:
+        NotImplementedError: tensor parallelism.
+    """
+    config: Any = root.__dict__.get("_parallel_config")
+    if config is None:
+        return None
+    if getattr(config, "tensor_parallel_config", None) is not None:
+        raise NotImplementedError(
+            f"{type(root).__name__} is divided by diffusers' tensor parallelism, whose attention has other heads than "
+            "the model says; share the video instead: vsparse.apply(..., parallel=ContextParallel(...))"
+        )
+    given = config.context_parallel_config
+    return ContextParallel(ulysses=given.ulysses_degree, ring=given.ring_degree, mesh=given._mesh)
+
+
+def offer_plan(root: nn.Module, host: Host) -> None:
+    """Give a root that has no plan for `enable_parallelism` one, while it is patched.
+
+    Without the patch it would be wrong: the stock attention of these models would count their text once for each
+    process.
+    """
+    if host.plan is None or getattr(type(root), _PLAN, None) is not None or host.undivided(root) is not None:
+        return
+    try:
+        from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+    except ImportError:  # older than context parallelism
+        return
+    root.__dict__[_PLAN] = host.plan(ContextParallelInput, ContextParallelOutput)
+
+
+def withdraw_plan(root: nn.Module) -> None:
+    """Take the plan away; a division that was made by it would be wrong from now on."""
+    if root.__dict__.pop(_PLAN, None) is not None and root.__dict__.get("_parallel_config") is not None:
+        warnings.warn(
+            f"vsparse: {type(root).__name__} is still divided between processes by enable_parallelism, which its stock "
+            "attention does not support: its output is wrong until it is patched again",
+            stacklevel=2,
+        )
 
 
 class _Inputs:

@@ -61,6 +61,7 @@ class Host:
         patch: Reads the patch size (frames, rows, columns). latent: axes of t, h, w in the hidden states.
         vae: Usual compression in time and space.
         usual_text: Text tokens of the family's usual prompts, for plans. pipelines: that run it, for the documentation.
+        plan: Makes a plan for diffusers' `enable_parallelism` out of its two classes, where a model has none.
         cuts: Where tokens are cut for several processes. joined: the module whose output ``[B, tokens, dim]`` is put
             together again. undivided: Why a model cannot be cut, None when it can.
     """
@@ -76,6 +77,7 @@ class Host:
     vae: tuple[int, int] = (4, 8)
     usual_text: int = 0
     pipelines: tuple[str, ...] = ()
+    plan: Callable[[Any, Any], dict[str, Any]] | None = None
     cuts: tuple[Place, ...] = ()
     joined: str = "proj_out"
     undivided: Callable[[nn.Module], str | None] = lambda _: None
@@ -119,6 +121,24 @@ def _three(module: nn.Module) -> tuple[int, int, int]:
 def _two(module: nn.Module) -> tuple[int, int, int]:
     config: Any = module.config
     return config.patch_size_t or 1, config.patch_size, config.patch_size
+
+
+def _hunyuan_plan(cut: Any, join: Any) -> dict[str, Any]:
+    turned = cut(split_dim=0, expected_dims=2, split_output=True)
+    return {
+        "rope": {0: turned, 1: turned},
+        "x_embedder": {0: cut(split_dim=1, expected_dims=3, split_output=True)},
+        "proj_out": join(gather_dim=1, expected_dims=3),
+    }
+
+
+def _cogvideox_plan(cut: Any, join: Any) -> dict[str, Any]:
+    turned = cut(split_dim=0, expected_dims=2)
+    return {
+        "transformer_blocks.0": {"hidden_states": cut(split_dim=1, expected_dims=3)},
+        "transformer_blocks.*": {"image_rotary_emb": (turned, turned)},
+        "proj_out": join(gather_dim=1, expected_dims=3),
+    }
 
 
 def _replaces_tokens(module: nn.Module) -> str | None:
@@ -175,6 +195,7 @@ HOSTS: tuple[Host, ...] = (
         side="after",
         text=_padded,
         usual_text=256,
+        plan=_hunyuan_plan,
         cuts=(Place(path="rope", output=0), Place(path="x_embedder", output=1)),
         undivided=_replaces_tokens,
         pipelines=("HunyuanVideoPipeline",),
@@ -189,6 +210,7 @@ HOSTS: tuple[Host, ...] = (
         text=_three_streams,
         vae=(4, 16),
         usual_text=1985,
+        plan=_hunyuan_plan,
         cuts=(Place(path="rope", output=0), Place(path="x_embedder", output=1)),
         pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
     ),
@@ -202,6 +224,7 @@ HOSTS: tuple[Host, ...] = (
         text=_unpadded,
         latent=(1, 3, 4),
         usual_text=226,
+        plan=_cogvideox_plan,
         cuts=(Place(path="", inputs={"image_rotary_emb": 0}), Place(path="patch_embed", output=1)),
         pipelines=("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline"),
     ),

@@ -190,13 +190,13 @@ def _dispatch(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 scale=scale,
                 enable_gqa=enable_gqa,
                 backend=backend,
-                parallel_config=parallel_config,
+                parallel_config=parallel_config if stock_only else None,  # ours are exchanged already
                 **options,
             )
 
+        site = _slot().site
+        stock_only = site is None or site.call is None
         odd = _odd(dropout_p, is_causal, scale, enable_gqa)
-        if parallel_config is not None:
-            odd = [*odd, "context parallelism"]
         if attention_kwargs:
             odd = [*odd, f"attention_kwargs={attention_kwargs!r}"]
         return _attend(query, key, value, attn_mask, dense, odd)
@@ -311,8 +311,6 @@ def reasons(attention: nn.Module, host: Host) -> list[str]:
     found = []
     if _hook_point(kind) is None or tuple(inspect.signature(kind.__call__).parameters) not in _CALLS:
         found.append(f"{kind.__name__}.__call__ has another form in this version of diffusers than vsparse knows")
-    if getattr(processor, "_parallel_config", None) is not None:
-        found.append("context parallelism is enabled on this model; vsparse does not support it yet")
     if _CHILD in attention._modules:
         found.append(f"the module already has a child named {_CHILD!r}")
     return found
@@ -334,9 +332,10 @@ def uninstall(attention: nn.Module) -> None:
     """Put the stock processor back, unless somebody has replaced ours, and drop the child."""
     stock = attention.processor.__dict__.get(_STOCK)
     if stock is not None:
-        chosen = attention.processor.__dict__.get("_attention_backend")
-        if chosen is not stock.__dict__.get("_attention_backend"):
-            stock._attention_backend = chosen
+        for name in ("_attention_backend", "_parallel_config"):
+            chosen = attention.processor.__dict__.get(name)
+            if chosen is not stock.__dict__.get(name):
+                setattr(stock, name, chosen)
         attention.processor = stock
     attention._modules.pop(_CHILD, None)
 

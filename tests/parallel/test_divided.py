@@ -57,3 +57,20 @@ def test_two_processes(pool: Get, host: str, method: str, setting: str) -> None:
 @pytest.mark.parametrize(("host", "method", "setting"), _thin(FOURS, 5))
 def test_four_processes(pool: Get, host: str, method: str, setting: str) -> None:
     _check(pool, host, method, setting)
+
+
+@pytest.mark.parametrize(
+    ("host", "method", "setting", "order"),
+    [
+        ("wan", "vsa", "ulysses=2", "before"),
+        ("wan", "adaspa", "ulysses=2", "after"),
+        ("wan", "nabla", "ulysses=2,ring=2", "after"),  # heads over all four: diffusers cuts anywhere
+        ("hunyuan_video", "sla", "ulysses=2", "after"),
+        ("hunyuan_video15", "draft", "ulysses=2", "after"),
+        ("cogvideox", "dsv", "ulysses=2", "after"),
+    ],
+)
+def test_divided_by_diffusers(pool: Get, host: str, method: str, setting: str, order: str) -> None:
+    case = Case(host=host, method=method, parallel=parse(setting), heads=4, grid=(4, 4, 6), order=order)
+    found = pool().run(compared, case)
+    assert all(max(one.values()) <= 2 for one in found), found

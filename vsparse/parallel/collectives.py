@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["ALONE", "Adjoint", "Group", "all_to_all", "counted_traffic", "gather", "note_traffic", "total"]
+__all__ = ["ALONE", "Adjoint", "Board", "Group", "all_to_all", "counted_traffic", "gather", "note_traffic", "total"]
 
 Adjoint = Literal["each", "once"]
 """Of a result that every process gets: "each" process goes on with it in its own way, and what they want of it adds up;
@@ -29,13 +29,58 @@ class Group:
 
     Args:
         size: How many. rank: the number of this one. handle: of torch.distributed; None for a process alone.
-        name: For messages and for the count of bytes.
+        name: For messages and for the count of bytes. board: where one that fails says why.
     """
 
     size: int
     rank: int
     handle: dist.ProcessGroup | None
     name: str = "group"
+    board: Board | None = None
+
+    @contextlib.contextmanager
+    def sending(self, what: str) -> Iterator[None]:
+        """Around what waits for the others: if they are gone, the error says which of them failed, and why.
+
+        Raises:
+            RuntimeError: torch.distributed's, with that cause.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            cause = None if self.board is None else self.board.read()
+            told = f"another process has failed: {cause}" if cause else "a process is gone, or later than the timeout"
+            raise RuntimeError(f"context parallel: {what} of the {self.name} group did not come: {told}") from error
+
+
+class Board:
+    """The store of the default group, where a process that fails leaves the cause for those that wait for it.
+
+    Args:
+        name: Of the processes that share a video; the same on each of them, and only there.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.round = name, 0
+
+    @property
+    def _key(self) -> str:
+        return f"vsparse/{self.name}/{self.round}"
+
+    def write(self, cause: str) -> None:
+        """Say why this process stops; the first one that says so is heard."""
+        with contextlib.suppress(RuntimeError, ValueError):
+            store = dist.distributed_c10d._get_default_store()
+            if not store.check([self._key]):
+                store.set(self._key, cause)
+
+    def read(self) -> str | None:
+        """What was said in this round, None: nothing, or the store is gone as well."""
+        with contextlib.suppress(RuntimeError, ValueError):
+            store = dist.distributed_c10d._get_default_store()
+            if store.check([self._key]):
+                return store.get(self._key).decode()
+        return None
 
 
 ALONE = Group(size=1, rank=0, handle=None, name="alone")
@@ -138,7 +183,8 @@ def _send(group: Group, tensors: Sequence[Tensor], shapes: Sequence[Sequence[int
     outgoing = torch.cat(flat)
     incoming = outgoing.new_empty(sum(in_sizes))
     note_traffic(what, sum(out_sizes) - out_sizes[group.rank])
-    dist.all_to_all_single(incoming, outgoing, in_sizes, out_sizes, group=group.handle)
+    with group.sending(what):
+        dist.all_to_all_single(incoming, outgoing, in_sizes, out_sizes, group=group.handle)
     found = []
     for i, (piece, shape) in enumerate(zip(incoming.split(lengths), shapes, strict=True)):
         dtype = dtypes[i % each]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from vsparse.parallel.collectives import ALONE, Group
+from vsparse.parallel.collectives import ALONE, Board, Group
 
 __all__ = ["ContextParallel", "Groups", "agree", "open_groups", "parse"]
 
@@ -172,16 +172,18 @@ def open_groups(setting: ContextParallel, device: torch.device) -> Groups:
 def _of_mesh(mesh: DeviceMesh) -> Groups:
     names = mesh.mesh_dim_names or ()
     both = tuple(name for name in (ROWS, HEADS) if name in names)
+    everyone = mesh[both]._flatten() if len(both) > 1 else mesh[both[0]]
+    board = Board("-".join(map(str, everyone.mesh.flatten().tolist())))
     return Groups(
-        heads=_group(mesh[HEADS], "heads") if HEADS in names else ALONE,
-        rows=_group(mesh[ROWS], "rows") if ROWS in names else ALONE,
-        all=_group(mesh[both]._flatten(), "context") if len(both) > 1 else _group(mesh[both[0]], "context"),
+        heads=_group(mesh[HEADS], "heads", board) if HEADS in names else ALONE,
+        rows=_group(mesh[ROWS], "rows", board) if ROWS in names else ALONE,
+        all=_group(everyone, "context", board),
     )
 
 
-def _group(mesh: DeviceMesh, name: str) -> Group:
+def _group(mesh: DeviceMesh, name: str, board: Board) -> Group:
     handle = mesh.get_group()
-    return Group(size=dist.get_world_size(handle), rank=dist.get_rank(handle), handle=handle, name=name)
+    return Group(size=dist.get_world_size(handle), rank=dist.get_rank(handle), handle=handle, name=name, board=board)
 
 
 def agree(group: Group, what: str, values: Mapping[str, Any]) -> None:
@@ -197,7 +199,8 @@ def agree(group: Group, what: str, values: Mapping[str, Any]) -> None:
         return
     mine = {name: repr(value) for name, value in values.items()}
     told: list[dict[str, str]] = [{}] * group.size
-    dist.all_gather_object(told, mine, group=group.handle)
+    with group.sending(what):
+        dist.all_gather_object(told, mine, group=group.handle)
     for name in sorted({name for one in told for name in one}):
         given = [one.get(name, "nothing") for one in told]
         if len(set(given)) > 1:

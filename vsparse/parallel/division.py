@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 
 from vsparse.geometry import Grid
 from vsparse.layouts import Layout
-from vsparse.parallel.context import ContextParallel, Groups, agree
+from vsparse.parallel.collectives import ALONE
+from vsparse.parallel.context import ContextParallel, Groups, agree, open_groups
 from vsparse.parallel.shard import Shard, cannot_shard, order_of, shard_of
 from vsparse.parallel.share import ALL, Cut, Share, even, even_heads
 
@@ -26,6 +28,7 @@ class Division:
 
     def __init__(self, setting: ContextParallel, groups: Groups) -> None:
         self.setting, self.groups = setting, groups
+        self._followed: object | None = None
         self.cut: Cut | None = None
         self.shard: Shard | None = None
         self._cuts: dict[tuple[object, ...], tuple[Cut, Shard | None]] = {}
@@ -35,6 +38,43 @@ class Division:
     def alone(self) -> bool:
         """Whether this process has everything."""
         return self.groups.alone
+
+    def follow(self, other: ContextParallel | None, heads: int, device: torch.device) -> None:
+        """Take over a division that the host makes by itself, or its end: it cuts tokens evenly, in its own order.
+
+        Heads are shared between all of its processes, whatever roles the host gives them: its tokens are not cut where
+        blocks end.
+
+        Args:
+            other: Of the host, with its mesh; None: it makes none. heads: of the model. device: of its tensors.
+
+        Raises:
+            ValueError: a division of our own as well, or more processes than heads.
+        """
+        if other is None and self._followed is None:
+            return
+        if other is None:
+            self.setting, self.groups, self._followed = ContextParallel(), Groups(), None
+            self.cut = self.shard = None
+            return
+        if self._followed is other.mesh:
+            return
+        if self._followed is None and not self.alone:
+            raise ValueError(
+                "context parallel: this model has a division of diffusers (enable_parallelism) and one of vsparse "
+                f"(parallel={self.setting}); use one of them"
+            )
+        if other.size > heads:
+            raise ValueError(
+                f"context parallel: {other} of diffusers has {other.size} processes for {heads} heads, and it does not "
+                "cut tokens where blocks end, so that only heads can be shared; use at most as many, or leave it out "
+                "and share tokens by vsparse.apply(..., parallel=ContextParallel(ulysses=..., ring=...))"
+            )
+        groups = open_groups(other, device)
+        self.groups = dc.replace(groups, heads=groups.all, rows=ALONE)
+        self.setting, self._followed = other, other.mesh
+        self._cuts.clear()
+        self._shares.clear()
 
     def begin(self, grid: Grid, batch: int, device: torch.device, layouts: Sequence[Layout]) -> None:
         """Divide a forward; at a size that is new, all processes of the video must come with the same one.
@@ -48,6 +88,9 @@ class Division:
         """
         if self.alone:
             return
+        board = self.groups.all.board
+        if board is not None:
+            board.round += 1
         key = (grid, batch, device)
         if key not in self._cuts:
             agree(self.groups.all, "context parallel", {"grid": grid, "batch": batch})
@@ -71,6 +114,13 @@ class Division:
         shard = shard_of(layouts[0], self.groups.rows, self.groups.how)
         sizes = tuple(size for tokens in shard.tokens for size in even(tokens, self.groups.heads.size))
         return Cut(groups=self.groups, grid=grid, sizes=sizes, order=order_of(layouts[0])), shard
+
+    def failed(self, error: BaseException | None) -> None:
+        """Tell those who wait for this process that its forward has ended."""
+        board = self.groups.all.board
+        if board is not None and error is not None:
+            rank = self.groups.all.rank
+            board.write(f"process {rank} of {self.groups.all.size}: {type(error).__name__}: {error}")
 
     def share(self, layer: int, heads: int) -> Share:
         """What this process computes of an attention."""
