@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -230,23 +231,37 @@ def generate(
     lenient: Annotated[
         bool, typer.Option("--lenient", help="Where sparse cannot run, run dense and say so.", rich_help_panel=MACHINE)
     ] = False,
+    context_parallel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ulysses=N,ring=N", help="Share each video between processes of torchrun.", rich_help_panel=MACHINE
+        ),
+    ] = None,
 ) -> None:
     """Generate videos with any diffusers pipeline, its attention made sparse.
 
     `vsparse generate ./my-wan -p "a fox in the snow" -m adaspa -s density=0.3 --height 480 --width 832 --frames 81`
+
+    One video on four GPUs: `torchrun --nproc-per-node 4 -m vsparse generate ... --context-parallel ulysses=2,ring=2`
     """
     from vsparse.measure import options, pipelines, tables
     from vsparse.measure.video import write_video
+    from vsparse.parallel.context import ContextParallel, parse
+    from vsparse.parallel.launch import joined
     from vsparse.patch import apply
 
     chosen = options.method(method, settings)
     schedule = options.schedule(chosen, dense_steps, dense_layers, search_at)
     targets = pipelines.outputs(output, len(prompt))
+    parallel = parse(context_parallel) if context_parallel else ContextParallel()
     _quiet()
-    with console.status(f"loading {model}"):
-        pipe = pipelines.load_pipeline(model, dtype=dtype, device=device, offload=offload)
-        pipe.set_progress_bar_config(disable=True)
-    with apply(pipe, chosen, schedule=schedule, strict=not lenient) as patch:
+    with contextlib.ExitStack() as stack:
+        rank, own_device = stack.enter_context(joined(parallel))
+        console.quiet = rank > 0  # the others do the same work in silence
+        with console.status(f"loading {model}"):
+            pipe = pipelines.load_pipeline(model, dtype=dtype, device=device or own_device, offload=offload)
+            pipe.set_progress_bar_config(disable=True)
+        patch = stack.enter_context(apply(pipe, chosen, schedule=schedule, parallel=parallel, strict=not lenient))
         console.print(f"{type(pipe).__name__}: {len(patch.plan.sites)} attention layers, {chosen}")
         for text, target in zip(prompt, targets, strict=True):
             with _progress() as progress:
@@ -264,7 +279,8 @@ def generate(
                     image=image,
                     stepped=functools.partial(progress.advance, task),
                 )
-            console.print(f"wrote {write_video(target, video, fps=fps)}")
+            if rank == 0:
+                console.print(f"wrote {write_video(target, video, fps=fps)}")
         console.print(tables.stats_table(patch.stats()))
 
 

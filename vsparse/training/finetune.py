@@ -61,7 +61,13 @@ def finetune(settings: Settings, *, told: Told | None = None) -> Path:
     output = check_folder(settings.output)
     target = output / RESULT
     accelerator = make_accelerator()
-    student = load_student(settings.model, settings.method, device=accelerator.device, seed=settings.train.seed)
+    student = load_student(
+        settings.model,
+        settings.method,
+        device=accelerator.device,
+        seed=settings.train.seed,
+        parallel=settings.train.parallel,
+    )
     side = training_host(student.pipe)
     with encoders_on(student, accelerator.device):
         empty = {name: x.cpu() for name, x in side.encode_text([""]).items()}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vsparse.measure.video import check_folder
 from vsparse.optional import require
+from vsparse.parallel.context import ContextParallel, parse
 from vsparse.training import checkpoints
 from vsparse.training.average import Average
 from vsparse.training.diagnosis import NotFiniteError, first_not_finite
@@ -25,7 +26,7 @@ from vsparse.training.files import append_line, clear_partial, whole_file
 from vsparse.training.optimisers import OptimiserSettings, make_optimisers, set_rates
 from vsparse.training.spread import spread
 
-__all__ = ["Task", "TrainSettings", "Trainer", "make_accelerator"]
+__all__ = ["Task", "TrainSettings", "Trainer", "make_accelerator", "video_of"]
 
 LOG = "log.jsonl"
 VALIDATION = "validation/"
@@ -45,6 +46,7 @@ class TrainSettings:
         save_every: Steps between checkpoints; the last step is always saved. keep: how many checkpoints stay.
         shard: Spread weights, gradients and optimiser over the processes (FSDP2) instead of having all of them
             everywhere (DDP). Also where `accelerate launch` asks for FSDP.
+        context_parallel: Processes that share each video, "ulysses=2,ring=2"; others hold other videos. Empty: none.
         log_every: Steps between lines of the log. validate_every: steps between validations, 0: only at the end.
 
     Raises:
@@ -58,6 +60,7 @@ class TrainSettings:
     clip_norm: float = 1.0
     average: float = 0.0
     shard: bool = False
+    context_parallel: str = ""
     save_every: int = 500
     keep: int = 2
     log_every: int = 10
@@ -78,6 +81,29 @@ class TrainSettings:
             raise ValueError(f"train: average must lie in [0, 1), got {self.average!r}")
         if not self.clip_norm >= 0.0:
             raise ValueError(f"train: clip_norm must be >= 0, got {self.clip_norm!r}")
+        if self.context_parallel:
+            parse(self.context_parallel)
+
+    @property
+    def parallel(self) -> ContextParallel:
+        """How videos are shared; the wrapper of the model averages gradients over all processes."""
+        found = parse(self.context_parallel) if self.context_parallel else ContextParallel()
+        return dc.replace(found, gradients="mean")
+
+
+def video_of(accelerator: Any, settings: TrainSettings) -> tuple[int, int]:
+    """Which of the videos of a step this process works on, and how many there are at once.
+
+    Raises:
+        ValueError: as many processes as do not make whole groups.
+    """
+    each = settings.parallel.size
+    if accelerator.num_processes % each:
+        raise ValueError(
+            f"train: context_parallel={settings.context_parallel!r} takes groups of {each} processes, and there are "
+            f"{accelerator.num_processes}"
+        )
+    return accelerator.process_index // each, accelerator.num_processes // each
 
 
 def make_accelerator() -> Any:
@@ -217,7 +243,8 @@ class Trainer:
         """Draws of one micro-batch by its number in the step, over all processes: as one process would draw them that
         accumulates all. (The 0 says nothing; the embedded checkpoint was drawn with it.)
         """
-        return draws.of(micro * self.accelerator.num_processes + self.accelerator.process_index, 0)
+        video, videos = video_of(self.accelerator, self.settings)
+        return draws.of(micro * videos + video, 0)
 
     def _losses(self, batch: Any, draws: Draws, step: int) -> Mapping[str, Tensor]:
         device = self.accelerator.device

@@ -113,6 +113,8 @@ def predict_step(settings: Settings, bucket: Bucket, *, pipe: Any = None) -> Pre
         ValueError: settings or a size that do not fit the model, or a model whose forward reads values.
         FileNotFoundError: no such pipeline.
     """
+    if settings.train.context_parallel:
+        raise ValueError("train: a step is predicted for one process with a whole video; leave context_parallel out")
     pipe = skeleton(settings.model.path) if pipe is None else pipe
     side = training_host(pipe)
     model = getattr(pipe, settings.model.transformer, None)

@@ -233,6 +233,13 @@ class Settings:
             raise ValueError('model: train "method" leaves nothing to learn where method.key is "none"')
         if self.method.key == "none" and (self.distill.velocity or self.distill.attention):
             raise ValueError('distill: velocity and attention need a method, and method.key is "none"')
+        if self.train.context_parallel and self.method.key == "none":
+            raise ValueError('train: context_parallel needs a method that attends; "dense" is one, "none" is not')
+        if self.train.context_parallel and self.distill.attention:
+            raise ValueError(
+                "distill: attention compares the outputs of layers, of which context_parallel leaves each process a "
+                "part; distil velocity, or leave context_parallel out"
+            )
 
 
 def _least(section: str, settings: object, lows: Mapping[str, int]) -> None:

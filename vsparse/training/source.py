@@ -15,6 +15,7 @@ from vsparse.training.data.batches import BatchPlan
 from vsparse.training.data.cache import LatentCache, build_cache
 from vsparse.training.data.clips import find_clips
 from vsparse.training.data.loading import Batch, Stream, loader
+from vsparse.training.loop import video_of
 from vsparse.training.settings import Settings
 from vsparse.training.student import Student
 from vsparse.training.task import Sample
@@ -43,16 +44,12 @@ class Source:
         encode: Callable[[Batch], Sample] | None = None,
     ) -> None:
         self.problems, self.samples = dataset.problems, len(dataset)
-        self._dataset, self._settings, self._rank, self._encode = (
-            dataset,
-            settings,
-            accelerator.process_index,
-            encode or _cached,
-        )
+        self._dataset, self._settings, self._encode = dataset, settings, encode or _cached
+        self._rank, videos = video_of(accelerator, settings.train)
         self._plan = BatchPlan(
             groups=dataset.groups,
             batch_size=settings.data.batch,
-            world_size=accelerator.num_processes,
+            world_size=videos,
             accumulate=settings.train.accumulate,
             seed=settings.train.seed,
         )

@@ -12,6 +12,7 @@ from torch import nn
 from vsparse.measure.pipelines import check_pipeline
 from vsparse.methods import Method, get_method
 from vsparse.optional import require
+from vsparse.parallel.context import ContextParallel
 from vsparse.patch import Patch, apply, load
 from vsparse.schedule import Schedule
 from vsparse.training.draws import Draws
@@ -41,11 +42,19 @@ class Student:
     low_rank: bool
 
 
-def load_student(model: ModelSettings, method: MethodSettings, *, device: torch.device, seed: int) -> Student:
+def load_student(
+    model: ModelSettings,
+    method: MethodSettings,
+    *,
+    device: torch.device,
+    seed: int,
+    parallel: ContextParallel | None = None,
+) -> Student:
     """Load a pipeline, patch a transformer and mark what learns: those parameters are float32 and require gradients.
 
     Args:
         device: Where training will be; the pipeline stays on the CPU. seed: of LoRA's first weights.
+        parallel: As of `vsparse.apply`.
 
     Raises:
         FileNotFoundError, ValueError: no such pipeline, transformer or method; a method that cannot be trained.
@@ -54,7 +63,7 @@ def load_student(model: ModelSettings, method: MethodSettings, *, device: torch.
     transformer = getattr(pipe, model.transformer, None)
     if transformer is None:
         raise ValueError(f"model: {model.path} has no {model.transformer}; it has {', '.join(_transformers(pipe))}")
-    patch, added = make_ready(transformer, model, method, seed=seed)
+    patch, added = make_ready(transformer, model, method, seed=seed, parallel=parallel)
     return Student(
         pipe=pipe,
         name=model.transformer,
@@ -66,7 +75,12 @@ def load_student(model: ModelSettings, method: MethodSettings, *, device: torch.
 
 
 def make_ready(
-    transformer: Any, model: ModelSettings, method: MethodSettings, *, seed: int
+    transformer: Any,
+    model: ModelSettings,
+    method: MethodSettings,
+    *,
+    seed: int,
+    parallel: ContextParallel | None = None,
 ) -> tuple[Patch | None, tuple[str, ...]]:
     """Put LoRA and the method in and mark what learns; the patch, and the names of the method's parameters.
 
@@ -79,7 +93,7 @@ def make_ready(
     if model.train == "lora":
         with Draws((seed, "lora")).everything(torch.device("cpu")):
             _add_lora(transformer, model)
-    patch = None if method.key == "none" else _patch(transformer, method)
+    patch = None if method.key == "none" else _patch(transformer, method, parallel)
     mine = [] if patch is None else patch.parameters()
     for parameter in mine:
         parameter.requires_grad_(True)
@@ -133,7 +147,7 @@ def _add_lora(transformer: Any, model: ModelSettings) -> None:
     transformer.add_adapter(config)
 
 
-def _patch(transformer: nn.Module, settings: MethodSettings) -> Patch:
+def _patch(transformer: nn.Module, settings: MethodSettings, parallel: ContextParallel | None) -> Patch:
     """Put the method in, sparse in every training step as far as the ramp allows."""
     method: Method = get_method(settings.key)().replace(**settings.options)
     if "search" in method.exact_phases:
@@ -142,7 +156,7 @@ def _patch(transformer: nn.Module, settings: MethodSettings) -> Patch:
             "call after it; train with another method, and apply this one to the result"
         )
     schedule = Schedule(dense_layers=settings.dense_layers, ramp=_ramp(method, settings))
-    patch = apply(transformer, method, schedule=schedule)
+    patch = apply(transformer, method, schedule=schedule, parallel=parallel)
     if settings.adapter is not None:
         load(transformer, Path(settings.adapter))
     return patch
