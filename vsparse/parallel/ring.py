@@ -15,7 +15,6 @@ from vsparse.ops.merge import merge_attention
 from vsparse.parallel.collectives import Group, note_traffic
 from vsparse.parallel.needs import Needs, Shards, places, submap
 from vsparse.parallel.parts import Places, attend_part, attend_part_backward, chosen_places, kept_map
-from vsparse.reference import statistics_dtype
 
 __all__ = ["RingAttention"]
 
@@ -131,9 +130,11 @@ class RingAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap, shards: Shards, needs: Needs, scale: float
     ) -> tuple[Tensor, Tensor]:
-        wide = q.new_zeros(q.shape, dtype=statistics_dtype(q.dtype))
-        lse = torch.full_like(wide[..., 0], -torch.inf)
-        for part in _Ring(k=k, v=v, blocks=blocks, shards=shards, needs=needs).parts():
+        parts = _Ring(k=k, v=v, blocks=blocks, shards=shards, needs=needs).parts()
+        held = next(parts)
+        found, lse = attend_part(q, held.k, held.v, held.blocks, scale)
+        wide = found.to(lse.dtype)
+        for part in parts:
             if part.k.numel():
                 found, found_lse = attend_part(q, part.k, part.v, part.blocks, scale)
                 wide, lse = merge_attention([wide, found.to(wide.dtype)], [lse, found_lse])

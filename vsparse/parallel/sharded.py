@@ -50,8 +50,8 @@ def sharded_attention(
         bounds: R + 1 ints; process r holds the key blocks ``bounds[r]:bounds[r + 1]``, which may be none.
         common: First and last (exclusive) of the key blocks that every process holds, at either end; never sent.
         how: "ring": from one process after the other, the next blocks on their way while those that came are attended
-            to; at most two processes' blocks are in memory, and the backward fetches them again. "gather": all at once,
-            for one attention over all of them; they are kept for the backward, which sends only gradients.
+            to; never those of more than two others are in memory, and the backward fetches them again. "gather": all
+            at once, for one attention over all of them; they are kept for the backward, which sends only gradients.
         scale: Of the logits; None: ``D ** -0.5``.
 
     Returns:
