@@ -1,4 +1,4 @@
-"""Write docs/methods.md, docs/finetune-memory.md and the tables of README.md: `python scripts/write_docs.py`."""
+"""Write the generated pages of docs/ and the tables of README.md: `python scripts/write_docs.py`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from vsparse.integrations.diffusers.hosts import HOSTS
 from vsparse.measure.facts import LETTERS, Facts, facts
+from vsparse.measure.scaling_page import scaling_page
 from vsparse.methods import list_methods
 from vsparse.methods.published import MODELS
 
@@ -338,6 +339,7 @@ def documents() -> dict[Path, str]:
     return {
         ROOT / "docs" / "methods.md": methods_page(),
         ROOT / "docs" / "finetune-memory.md": needs_page(),
+        ROOT / "docs" / "scaling.md": scaling_page(json.loads((ROOT / "docs" / "scaling.json").read_text())),
         ROOT / "README.md": readme(),
     }
 
