@@ -98,7 +98,7 @@ def _run(case: Case, phase: str, dtype: torch.dtype, parallel: ContextParallel |
             model.enable_gradient_checkpointing()
 
         def call() -> Tensor:
-            outputs = rows.walk(patch, phase, lambda branch, step: model(**values, return_dict=False)[0], ["cond"])
+            outputs = rows.walk(patch, phase, lambda branch, step: model(**values)[0], ["cond"])
             return outputs[0]
 
         return _collect(model, call, patch, with_grad)
