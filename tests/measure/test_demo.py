@@ -42,7 +42,7 @@ def test_demo_writes_videos_sheet_and_report_and_gives_the_pipeline_back(tmp_pat
     assert by_name["vsa, density=0.25"].density < by_name["vsa, density=0.5"].density < 1
     assert by_name["vsa, density=0.25"].quality.psnr < 60
     for run in runs:
-        assert read_video(run.video).shape == (3, 3 * EMBEDDED.height, 3 * EMBEDDED.width, 3)
+        assert read_video(run.video).shape == (3, demo.ENLARGE * EMBEDDED.height, demo.ENLARGE * EMBEDDED.width, 3)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["clip"]["steps"] == 2
     assert [row["name"] for row in report["runs"]] == [run.name for run in runs]

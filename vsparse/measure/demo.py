@@ -30,7 +30,7 @@ from vsparse.patch import apply
 __all__ = ["FLOORS", "Run", "Trial", "environment", "run_demo", "trials"]
 
 FPS = 6
-ENLARGE = 3
+ENLARGE = 2
 
 
 @dc.dataclass(frozen=True, kw_only=True)
