@@ -134,3 +134,19 @@ def enable_parallelism(model: nn.Module, parallel: ContextParallel, **plan: Any)
         model.enable_parallelism(config=config, **plan)
     finally:
         torch.accelerator.device_count, torch._C._get_accelerator = counted, kind
+
+
+def balanced(parallel: ContextParallel) -> tuple[float, int, dict[str, float]]:
+    """Ten forwards whose heads may move after any of them: the worst error, heads that moved, and what stats say."""
+    model, values = _values(Case(host="wan", method="nabla", parallel=parallel, heads=4), torch.float64)
+    options = rows.METHODS["nabla"].sparse
+    with torch.no_grad():
+        with vsparse.apply(model, "nabla", **options):
+            wanted = model(**values)[0]
+        narrow, _ = _values(Case(host="wan", method="nabla", parallel=parallel, heads=4), torch.float32)
+        known = _distance(narrow(**rows.cast_inputs(values, torch.float32))[0], model(**values)[0])
+        with vsparse.apply(model, "nabla", parallel=dc.replace(parallel, balance=1.0), **options) as patch:
+            found = [model(**values)[0] for _ in range(10)]
+            moved = sum(x.last.moved for x in patch._runtimes[0].division._balance.values() if x.last is not None)
+            plans = sum(x.plans for x in patch._runtimes[0].division._balance.values())
+            return max(_distance(x, wanted) for x in found) / known, moved + plans, patch.stats()["imbalance"]

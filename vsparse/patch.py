@@ -68,7 +68,9 @@ class Patch:
             ``density``: executed share of valid token pairs over all calls, dense ones included; ``sparse_density``:
             over the sparse calls, None without any; ``sites``: site -> its sparse density; ``calls``: phase -> calls of
             sites; ``searches``; ``fallbacks``: reason -> forwards that ran dense because of it; ``kernel``;
-            ``state_bytes``.
+            ``state_bytes``. Where processes share a video, these are of the heads and rows of this one, and
+            ``imbalance`` says how much more than the mean the slowest has to do in the worst layer: with heads in their
+            order (``naive``), and ``now``.
         """
         computed = possible = dense = 0.0
         sites: dict[str, float] = {}
@@ -93,7 +95,12 @@ class Patch:
             "fallbacks": fallbacks,
             "kernel": self.plan.kernel,
             "state_bytes": sum(runtime.state_bytes() for runtime in self._runtimes),
+            **({"imbalance": found} if (found := self._imbalance()) else {}),
         }
+
+    def _imbalance(self) -> dict[str, float] | None:
+        seen = [x for runtime in self._runtimes if (x := runtime.division.imbalance()) is not None]
+        return {name: max(x[name] for x in seen) for name in seen[0]} if seen else None
 
     def clear_stats(self) -> None:
         """Count anew from here on."""

@@ -183,7 +183,8 @@ class Runtime:
         if self.sites:
             self.division.follow(self.parallel(module), self.sites[0].site.heads, reading.device)
         layouts = [self._layout(reading.grid, site, reading.device) for site in self.sites]
-        self.division.begin(reading.grid, reading.batch, reading.device, layouts)
+        movable = all(site.state.empty for site in self.sites)
+        self.division.begin(reading.grid, reading.batch, reading.device, layouts, movable=movable)
         for site in self.sites:
             layout = self._layout(reading.grid, site, reading.device)
             static = self._static(layout, site)
@@ -345,7 +346,9 @@ class Runtime:
                 continue
             self.phases[phase] += 1
             staged = site.state.staged
-            pairs, loss = staged.pop("pairs", None), staged.pop("loss", None)
+            pairs, loss, loads = (staged.pop(name, None) for name in ("pairs", "loss", "loads"))
+            if loads is not None:
+                self.division.observe(site.site.layer, loads)
             site.absorb(staged)
             if loss is not None:
                 self.losses[site.site.name] = loss

@@ -73,6 +73,11 @@ class RunState:
         self._versions.clear()
         self._stamps.clear()
 
+    @property
+    def empty(self) -> bool:
+        """Whether no branch has a version."""
+        return not self._versions
+
     def nbytes(self) -> int:
         """Bytes held by the committed versions."""
         return sum(x.numel() * x.element_size() for v in self._versions.values() for x in v.values())

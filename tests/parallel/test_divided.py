@@ -9,7 +9,7 @@ from typing import Any
 import processes
 import pytest
 import rows
-from divided import Case, compared
+from divided import Case, balanced, compared
 
 from vsparse.parallel.context import parse
 
@@ -74,3 +74,13 @@ def test_divided_by_diffusers(pool: Get, host: str, method: str, setting: str, o
     case = Case(host=host, method=method, parallel=parse(setting), heads=4, grid=(4, 4, 6), order=order)
     found = pool().run(compared, case)
     assert all(max(one.values()) <= 2 for one in found), found
+
+
+@pytest.mark.parametrize("setting", ["ulysses=2", "ulysses=2,ring=2"])
+def test_heads_that_move_do_not_show(pool: Get, setting: str) -> None:
+    found = pool().run(balanced, parse(setting))
+    assert len({str(stats) for _, _, stats in found[:2]}) == 1
+    for error, moved, stats in found[:2]:
+        assert error <= 2
+        assert moved > 0
+        assert 1.0 <= stats["now"] <= stats["naive"]

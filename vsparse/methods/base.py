@@ -193,10 +193,12 @@ class SparseAttention(nn.Module):
         """
         share = ALL if self.call is None else self.call.share
         lead = (batch, share.heads_of(self.site.heads))
-        computed, possible = (x.expand(lead).sum() for x in blocks.pairs())
+        computed, possible = (x.expand(lead).sum(0) for x in blocks.pairs())
         for part in more:
-            computed = computed + part.pairs()[0].expand(lead).sum()
-        self.state.stage("pairs", torch.stack((computed, possible)))
+            computed = computed + part.pairs()[0].expand(lead).sum(0)
+        self.state.stage("pairs", torch.stack((computed.sum(), possible.sum())))
+        if not share.alone:
+            self.state.stage("loads", computed)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

@@ -7,16 +7,20 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from vsparse.geometry import Grid
 from vsparse.layouts import Layout
-from vsparse.parallel.collectives import ALONE
+from vsparse.parallel.balance import HeadBalance
+from vsparse.parallel.collectives import ALONE, gather, total
 from vsparse.parallel.context import ContextParallel, Groups, agree, open_groups
 from vsparse.parallel.shard import Shard, cannot_shard, order_of, shard_of
-from vsparse.parallel.share import ALL, Cut, Share, even, even_heads
+from vsparse.parallel.share import ALL, Cut, Share, even
 
 __all__ = ["Division"]
+
+LOOK_EVERY = 4
+"""Forwards between two looks at what the heads have to do: each reads from the device."""
 
 
 class Division:
@@ -33,6 +37,9 @@ class Division:
         self.shard: Shard | None = None
         self._cuts: dict[tuple[object, ...], tuple[Cut, Shard | None]] = {}
         self._shares: dict[tuple[object, ...], Share] = {}
+        self._balance: dict[int, HeadBalance] = {}
+        self._loads: dict[int, Tensor] = {}
+        self._forwards = 0
 
     @property
     def alone(self) -> bool:
@@ -75,12 +82,16 @@ class Division:
         self.setting, self._followed = other, other.mesh
         self._cuts.clear()
         self._shares.clear()
+        self._balance.clear()
 
-    def begin(self, grid: Grid, batch: int, device: torch.device, layouts: Sequence[Layout]) -> None:
+    def begin(
+        self, grid: Grid, batch: int, device: torch.device, layouts: Sequence[Layout], *, movable: bool = False
+    ) -> None:
         """Divide a forward; at a size that is new, all processes of the video must come with the same one.
 
         Args:
             layouts: Of all sites, on the device.
+            movable: Whether heads may go to other processes: no site keeps anything of its heads between calls.
 
         Raises:
             ValueError: another size or batch on another process, or a video too small to divide.
@@ -96,6 +107,43 @@ class Division:
             agree(self.groups.all, "context parallel", {"grid": grid, "batch": batch})
             self._cuts[key] = self._divide(grid, layouts)
         self.cut, self.shard = self._cuts[key]
+        self._forwards += 1
+        if movable and self._loads and self._forwards % LOOK_EVERY == 0:
+            self._rebalance()
+
+    def observe(self, layer: int, loads: Tensor) -> None:
+        """Hear what the heads of this process computed in a layer, ``[h]``; read from the device now and then only."""
+        if self.groups.heads.size > 1 and self.setting.balance is not None:
+            self._loads[layer] = loads
+
+    def _rebalance(self) -> None:
+        """Give heads to other processes where the slowest has too much to do; all processes come to the same."""
+        layers = sorted(self._loads)
+        # One assignment holds for all that share tokens: keys travel between equal places.
+        mine = total(self.groups.rows, torch.cat([self._loads[layer] for layer in layers]), what="loads")
+        count = self.groups.heads.size
+        sizes = [sum(len(self._balance[layer].assignment[i]) for layer in layers) for i in range(count)]
+        everyone = gather(self.groups.heads, mine, sizes, dim=0, what="loads").tolist()
+        place = 0
+        loads = {layer: [0.0] * sum(map(len, self._balance[layer].assignment)) for layer in layers}
+        for process in range(count):
+            for layer in layers:
+                for head in self._balance[layer].assignment[process]:
+                    loads[layer][head], place = everyone[place], place + 1
+        for layer in layers:
+            self._balance[layer].update(loads[layer])
+        self._loads.clear()
+
+    def imbalance(self) -> dict[str, float] | None:
+        """Slowest over mean of the worst layer, when heads were last looked at: in their order, and as they are.
+
+        Returns:
+            ``naive`` and ``now``; None while nothing was looked at.
+        """
+        seen = [balance.last for balance in self._balance.values() if balance.last is not None]
+        if not seen:
+            return None
+        return {"naive": max(x.naive for x in seen), "now": max(x.after for x in seen)}
 
     def _divide(self, grid: Grid, layouts: Sequence[Layout]) -> tuple[Cut, Shard | None]:
         count = self.groups.all.size
@@ -126,9 +174,12 @@ class Division:
         """What this process computes of an attention."""
         if self.cut is None or self.alone:
             return ALL
-        key = (id(self.cut), layer, heads)
+        if layer not in self._balance:
+            bound = self.setting.balance or 1.0
+            self._balance[layer] = HeadBalance(heads, self.groups.heads.size, bound=bound)
+        key = (id(self.cut), self._balance[layer].assignment)
         if key not in self._shares:
-            self._shares[key] = Share(self.cut, even_heads(heads, self.groups.heads.size), self.shard)
+            self._shares[key] = Share(self.cut, self._balance[layer].assignment, self.shard)
         return self._shares[key]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:

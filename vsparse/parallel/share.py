@@ -10,24 +10,17 @@ import torch
 from torch import Tensor
 
 from vsparse.geometry import Grid
+from vsparse.parallel.balance import Assignment
 from vsparse.parallel.collectives import all_to_all, gather, total
 from vsparse.parallel.context import Groups
 from vsparse.parallel.shard import Shard
 
-__all__ = ["ALL", "Cut", "Share", "even", "even_heads"]
-
-Heads = tuple[tuple[int, ...], ...]
+__all__ = ["ALL", "Cut", "Share", "even"]
 
 
 def even(amount: int, parts: int) -> tuple[int, ...]:
     """As equal as can be, the first ones larger."""
     return tuple(amount // parts + (i < amount % parts) for i in range(parts))
-
-
-def even_heads(heads: int, processes: int) -> Heads:
-    """Heads in their order, as many for each process as can be."""
-    ends = list(accumulate(even(heads, processes)))
-    return tuple(tuple(range(end - size, end)) for end, size in zip(ends, even(heads, processes), strict=True))
 
 
 @dc.dataclass(frozen=True, eq=False, kw_only=True)
@@ -115,7 +108,7 @@ class Share:
         shard: The rows of this process where others compute other rows; None: it has all of them.
     """
 
-    def __init__(self, cut: Cut | None = None, heads: Heads = (), shard: Shard | None = None) -> None:
+    def __init__(self, cut: Cut | None = None, heads: Assignment = (), shard: Shard | None = None) -> None:
         self.cut, self.heads, self.shard = cut, heads, shard
         self.alone = cut is None or cut.groups.alone
         if cut is not None and not self.alone:
