@@ -197,6 +197,8 @@ def _dispatch(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
         site = _slot().site
         stock_only = site is None or site.call is None
         odd = _odd(dropout_p, is_causal, scale, enable_gqa)
+        if parallel_config is not None and site is not None and site.call is not None and site.call.share.alone:
+            odd = [*odd, "context parallelism that is not on the whole model"]
         if attention_kwargs:
             odd = [*odd, f"attention_kwargs={attention_kwargs!r}"]
         return _attend(query, key, value, attn_mask, dense, odd)
