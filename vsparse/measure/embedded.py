@@ -22,7 +22,7 @@ class Clip:
     guidance: float
 
 
-EMBEDDED = Clip(height=128, width=128, frames=9, steps=12, guidance=4.0)
+EMBEDDED = Clip(height=128, width=128, frames=9, steps=12, guidance=1.5)
 """The size that the embedded model was trained for: 5 x 16 x 16 = 1 280 tokens."""
 
 
