@@ -141,17 +141,19 @@ class Division:
             return
         if self.setting.gradients == "mean":
             raise ValueError('context parallel: gradients="mean" leaves them to DDP or fully_shard, which average them')
-        group = self.groups.all.handle
+        group = self.groups.all
         trained = [x for x in parameters if x.requires_grad]
         if not trained:
             return
         known = torch.tensor([x.grad is not None for x in trained], dtype=torch.uint8, device=trained[0].device)
-        dist.all_reduce(known, dist.ReduceOp.MAX, group=group)
+        with group.sending("gradients"):
+            dist.all_reduce(known, dist.ReduceOp.MAX, group=group.handle)
         used = [x for x, anywhere in zip(trained, known.tolist(), strict=True) if anywhere]
         for dtype in sorted({x.dtype for x in used}, key=str):
             some = [x for x in used if x.dtype == dtype]
             flat = torch.cat([(torch.zeros_like(x) if x.grad is None else x.grad).flatten() for x in some])
-            dist.all_reduce(flat, group=group)
+            with group.sending("gradients"):
+                dist.all_reduce(flat, group=group.handle)
             for parameter, grad in zip(some, flat.split([x.numel() for x in some]), strict=True):
                 parameter.grad = grad.view_as(parameter).clone()
 
