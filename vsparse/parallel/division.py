@@ -77,7 +77,7 @@ class Division:
         self._shares.clear()
 
     def begin(self, grid: Grid, batch: int, device: torch.device, layouts: Sequence[Layout]) -> None:
-        """Divide a forward; at a size that is new, all processes of the video must come with the same one.
+        """Divide a forward; all processes of the video must come with the same size.
 
         Args:
             layouts: Of all sites, on the device.
@@ -88,12 +88,9 @@ class Division:
         """
         if self.alone:
             return
-        board = self.groups.all.board
-        if board is not None:
-            board.round += 1
+        agree(self.groups.all, "a forward", {"grid": grid, "batch": batch})
         key = (grid, batch, device)
         if key not in self._cuts:
-            agree(self.groups.all, "context parallel", {"grid": grid, "batch": batch})
             self._cuts[key] = self._divide(grid, layouts)
         self.cut, self.shard = self._cuts[key]
 
@@ -114,6 +111,12 @@ class Division:
         shard = shard_of(layouts[0], self.groups.rows, self.groups.how)
         sizes = tuple(size for tokens in shard.tokens for size in even(tokens, self.groups.heads.size))
         return Cut(groups=self.groups, grid=grid, sizes=sizes, order=order_of(layouts[0])), shard
+
+    def enter(self) -> None:
+        """A forward begins, here and elsewhere: what stopped an earlier one is past."""
+        board = self.groups.all.board
+        if board is not None:
+            board.round += 1
 
     def failed(self, error: BaseException | None) -> None:
         """Tell those who wait for this process that its forward has ended."""
@@ -140,7 +143,10 @@ class Division:
         if self.alone:
             return
         if self.setting.gradients == "mean":
-            raise ValueError('context parallel: gradients="mean" leaves them to DDP or fully_shard, which average them')
+            raise ValueError(
+                'context parallel: gradients="mean" leaves them to DDP or fully_shard, which average them; to add them '
+                'up here, use gradients="sum"'
+            )
         group = self.groups.all
         trained = [x for x in parameters if x.requires_grad]
         if not trained:
