@@ -291,16 +291,16 @@ def _divisions(roots: list[Root], made: Plan, parallel: ContextParallel | None) 
     setting = ContextParallel() if parallel is None else parallel
     found = []
     for root in roots:
+        device = next((x.device for x in root.module.parameters()), torch.device("cpu"))
+        groups = open_groups(setting, device)
+        told = {"method": (made.method.key, made.method.options()), "schedule": made.schedule, "model": root.name}
+        agree(groups.all, "vsparse.apply", {**told, "parallel": str(setting), "sites": len(root.claims)})
         least = min((claim.site.heads for claim in root.claims), default=0)
         if setting.ulysses > least:
             raise ValueError(
                 f"context parallel: {root.name} has {least} heads, fewer than ulysses={setting.ulysses}; share tokens, "
                 f"too: ulysses={least} with ring or gather"
             )
-        device = next((x.device for x in root.module.parameters()), torch.device("cpu"))
-        groups = open_groups(setting, device)
-        told = {"method": (made.method.key, made.method.options()), "schedule": made.schedule, "model": root.name}
-        agree(groups.all, "vsparse.apply", {**told, "parallel": str(setting), "sites": len(root.claims)})
         found.append(Division(setting, groups))
     return found
 

@@ -123,6 +123,7 @@ class Runtime:
                 "would share its state. Use one model per thread, or run the calls one after another."
             )
         self._owner = me
+        self.division.enter()
         try:
             self._refuse_overlooked()
             self._prepare(module, self.read(module, self.bind(module, args, kwargs)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -16,7 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["ALONE", "Adjoint", "Board", "Group", "all_to_all", "counted_traffic", "gather", "note_traffic", "total"]
+__all__ = [
+    "ALONE",
+    "Adjoint",
+    "Board",
+    "Group",
+    "all_to_all",
+    "board_of",
+    "counted_traffic",
+    "gather",
+    "note_traffic",
+    "total",
+]
 
 Adjoint = Literal["each", "once"]
 """Of a result that every process gets: "each" process goes on with it in its own way, and what they want of it adds up;
@@ -54,14 +66,15 @@ class Group:
 
 
 class Board:
-    """The store of the default group, where a process that fails leaves the cause for those that wait for it.
+    """The store of the default group, where processes say what they are about to do, and why they had to stop.
 
     Args:
-        name: Of the processes that share a video; the same on each of them, and only there.
+        name: Of the processes that share a video; the same on each of them, and only there. There is one for each name,
+            so that no two of them write to the same place.
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self.round = name, 0
+        self.name, self.round, self._talks = name, 0, 0
 
     @property
     def _key(self) -> str:
@@ -70,17 +83,55 @@ class Board:
     def write(self, cause: str) -> None:
         """Say why this process stops; the first one that says so is heard."""
         with contextlib.suppress(RuntimeError, ValueError):
-            store = dist.distributed_c10d._get_default_store()
+            store = _store()
             if not store.check([self._key]):
                 store.set(self._key, cause)
 
     def read(self) -> str | None:
         """What was said in this round, None: nothing, or the store is gone as well."""
         with contextlib.suppress(RuntimeError, ValueError):
-            store = dist.distributed_c10d._get_default_store()
+            store = _store()
             if store.check([self._key]):
-                return store.get(self._key).decode()
+                return str(store.get(self._key).decode())
         return None
+
+    def exchange(self, rank: int, size: int, said: str) -> list[str]:
+        """What each process says when all have come here; no tensor moves, and no device is waited for.
+
+        Args:
+            rank: Of this process, of ``size``. said: by it.
+
+        Raises:
+            RuntimeError: one of them has failed in this round, or does not come within the timeout.
+        """
+        store, began = _store(), time.monotonic()
+        limit = store.timeout.total_seconds()
+        self._talks += 1
+        keys = [f"vsparse/{self.name}/said/{self._talks}/{process}" for process in range(size)]
+        store.set(keys[rank], said)
+        while not store.check(keys):
+            waited = time.monotonic() - began
+            stopped = self.read() is not None or waited > limit
+            if stopped and not store.check(keys):  # who stops after all have spoken is heard nevertheless
+                late = [i for i, key in enumerate(keys) if not store.check([key])]
+                raise RuntimeError(f"nothing from process {', '.join(map(str, late))} within {waited:.0f} s")
+            time.sleep(min(0.05, waited / 10))
+        found = [store.get(key).decode() for key in keys]
+        # Everyone is past the talk before, and nobody asks for it again.
+        store.delete_key(f"vsparse/{self.name}/said/{self._talks - 1}/{rank}")
+        return found
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+_BOARDS: dict[str, Board] = {}
+
+
+def board_of(name: str) -> Board:
+    """The one board of a name."""
+    return _BOARDS.setdefault(name, Board(name))
 
 
 ALONE = Group(size=1, rank=0, handle=None, name="alone")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from vsparse.parallel.collectives import ALONE, Board, Group
+from vsparse.parallel.collectives import ALONE, Board, Group, board_of
 
 __all__ = ["ContextParallel", "Groups", "agree", "open_groups", "parse"]
 
@@ -90,7 +91,7 @@ def parse(text: str) -> ContextParallel:
     given: dict[str, int] = {}
     for part in text.split(","):
         name, _, value = (x.strip() for x in part.partition("="))
-        if name not in ("ulysses", "ring", "gather") or name in given or not value.isdigit():
+        if name not in ("ulysses", "ring", "gather") or name in given or not value.isdecimal():
             raise ValueError(
                 f"context parallel: {text!r} is not understood at {part!r}; write ulysses=2, ring=2 or "
                 "ulysses=2,ring=2 (gather in the place of ring)"
@@ -130,7 +131,8 @@ def open_groups(setting: ContextParallel, device: torch.device) -> Groups:
 
     Raises:
         RuntimeError: torch.distributed is not set up.
-        ValueError: a number of processes that the setting does not fit, or a backend that cannot send from the device.
+        ValueError: a number of processes that the setting does not fit, another setting on another process, or a
+            backend that cannot send from the device.
     """
     if setting.size == 1:
         return Groups()
@@ -144,6 +146,8 @@ def open_groups(setting: ContextParallel, device: torch.device) -> Groups:
         raise ValueError(f"context parallel: the model is on the CPU, which {backend} cannot send from; use gloo")
     mesh = setting.mesh
     if mesh is None:
+        everyone = Group(size=world, rank=dist.get_rank(), handle=None, name="default", board=board_of("all"))
+        agree(everyone, "context parallel", {"the setting": str(setting)})
         if world % setting.size:
             fitting = ", ".join(f"ulysses={n}" for n in range(2, world + 1) if world % n == 0) or "one process"
             raise ValueError(
@@ -165,6 +169,8 @@ def open_groups(setting: ContextParallel, device: torch.device) -> Groups:
                 f"{setting.ulysses} processes, got {dict(sizes)}"
             )
         found = _of_mesh(mesh)
+    assert found.all.board is not None
+    found.all.board.round += 1  # what stopped somebody before is past
     scale = float(setting.size) if setting.gradients == "mean" else 1.0
     return dc.replace(found, how=setting.how, scale=scale)
 
@@ -173,7 +179,7 @@ def _of_mesh(mesh: DeviceMesh) -> Groups:
     names = mesh.mesh_dim_names or ()
     both = tuple(name for name in (ROWS, HEADS) if name in names)
     everyone = mesh[both]._flatten() if len(both) > 1 else mesh[both[0]]
-    board = Board("-".join(map(str, everyone.mesh.flatten().tolist())))
+    board = board_of("-".join(map(str, everyone.mesh.flatten().tolist())))
     return Groups(
         heads=_group(mesh[HEADS], "heads", board) if HEADS in names else ALONE,
         rows=_group(mesh[ROWS], "rows", board) if ROWS in names else ALONE,
@@ -189,6 +195,8 @@ def _group(mesh: DeviceMesh, name: str, board: Board) -> Group:
 def agree(group: Group, what: str, values: Mapping[str, Any]) -> None:
     """Refuse, on every process, what not all processes of a group were given alike.
 
+    It is told through the store: on a GPU nothing is waited for but the other processes.
+
     Args:
         group: Who must agree; all must ask. what: they are about to do. values: by name, compared as text.
 
@@ -197,11 +205,11 @@ def agree(group: Group, what: str, values: Mapping[str, Any]) -> None:
     """
     if group.size == 1:
         return
+    assert group.board is not None
     mine = {name: repr(value) for name, value in values.items()}
-    told: list[dict[str, str]] = [{}] * group.size
     with group.sending(what):
-        dist.all_gather_object(told, mine, group=group.handle)
-    for name in sorted({name for one in told for name in one}):
+        told = [json.loads(said) for said in group.board.exchange(group.rank, group.size, json.dumps(mine))]
+    for name in dict.fromkeys(name for one in told for name in one):
         given = [one.get(name, "nothing") for one in told]
         if len(set(given)) > 1:
             rows = "\n  - ".join(f"process {i}: {value}" for i, value in enumerate(given))

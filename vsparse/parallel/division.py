@@ -87,7 +87,7 @@ class Division:
     def begin(
         self, grid: Grid, batch: int, device: torch.device, layouts: Sequence[Layout], *, movable: bool = False
     ) -> None:
-        """Divide a forward; at a size that is new, all processes of the video must come with the same one.
+        """Divide a forward; all processes of the video must come with the same size.
 
         Args:
             layouts: Of all sites, on the device.
@@ -99,12 +99,9 @@ class Division:
         """
         if self.alone:
             return
-        board = self.groups.all.board
-        if board is not None:
-            board.round += 1
+        agree(self.groups.all, "a forward", {"grid": grid, "batch": batch})
         key = (grid, batch, device)
         if key not in self._cuts:
-            agree(self.groups.all, "context parallel", {"grid": grid, "batch": batch})
             self._cuts[key] = self._divide(grid, layouts)
         self.cut, self.shard = self._cuts[key]
         self._forwards += 1
@@ -163,6 +160,12 @@ class Division:
         sizes = tuple(size for tokens in shard.tokens for size in even(tokens, self.groups.heads.size))
         return Cut(groups=self.groups, grid=grid, sizes=sizes, order=order_of(layouts[0])), shard
 
+    def enter(self) -> None:
+        """A forward begins, here and elsewhere: what stopped an earlier one is past."""
+        board = self.groups.all.board
+        if board is not None:
+            board.round += 1
+
     def failed(self, error: BaseException | None) -> None:
         """Tell those who wait for this process that its forward has ended."""
         board = self.groups.all.board
@@ -191,18 +194,23 @@ class Division:
         if self.alone:
             return
         if self.setting.gradients == "mean":
-            raise ValueError('context parallel: gradients="mean" leaves them to DDP or fully_shard, which average them')
-        group = self.groups.all.handle
+            raise ValueError(
+                'context parallel: gradients="mean" leaves them to DDP or fully_shard, which average them; to add them '
+                'up here, use gradients="sum"'
+            )
+        group = self.groups.all
         trained = [x for x in parameters if x.requires_grad]
         if not trained:
             return
         known = torch.tensor([x.grad is not None for x in trained], dtype=torch.uint8, device=trained[0].device)
-        dist.all_reduce(known, dist.ReduceOp.MAX, group=group)
+        with group.sending("gradients"):
+            dist.all_reduce(known, dist.ReduceOp.MAX, group=group.handle)
         used = [x for x, anywhere in zip(trained, known.tolist(), strict=True) if anywhere]
         for dtype in sorted({x.dtype for x in used}, key=str):
             some = [x for x in used if x.dtype == dtype]
             flat = torch.cat([(torch.zeros_like(x) if x.grad is None else x.grad).flatten() for x in some])
-            dist.all_reduce(flat, group=group)
+            with group.sending("gradients"):
+                dist.all_reduce(flat, group=group.handle)
             for parameter, grad in zip(some, flat.split([x.numel() for x in some]), strict=True):
                 parameter.grad = grad.view_as(parameter).clone()
 

@@ -23,19 +23,21 @@ class _Flight:
     """A message to one process and one from another, on their way; neither is sent where it would be empty."""
 
     def __init__(self, group: Group, leaving: Tensor, to: int, coming: Tensor, source: int, what: str) -> None:
-        self._kept = [leaving, coming]
+        self._group, self._what, self._kept = group, what, [leaving, coming]
         operations = []
         for function, x, process in ((dist.isend, leaving, to), (dist.irecv, coming, source)):
             if x.numel():
                 peer = process if group.handle is None else dist.get_global_rank(group.handle, process)
                 operations.append(dist.P2POp(function, x, peer, group.handle))
         note_traffic(what, leaving.nbytes)
-        self._works = dist.batch_isend_irecv(operations) if operations else []
+        with group.sending(what):
+            self._works = dist.batch_isend_irecv(operations) if operations else []
 
     def land(self) -> Tensor:
         """What came; what left is let go."""
-        for work in self._works:
-            work.wait()
+        with self._group.sending(self._what):
+            for work in self._works:
+                work.wait()
         coming = self._kept[1]
         self._kept.clear()
         return coming
