@@ -1,16 +1,18 @@
 """One short fine-tuning, run in every way in which a model can be trained; all of them are the same on paper.
 
-The loss curve and the trained parameters are compared, each as a whole, with the unpatched model in float64. What they
-may differ by is what the unpatched model differs by itself, in float32 and with its keys in another order or its
-attention merged from two parts. Processes, checkpoints and accumulation are held to the same run of whole batches.
+The loss curve, the gradients (added up over the steps: AdamW would forgive a factor) and the trained parameters are
+compared, each as a whole, with the unpatched model in float64. What they may differ by is what the unpatched model
+differs by itself, in float32 and with its keys in another order or its attention merged from two parts. Processes,
+checkpoints and accumulation are held to the same run of whole batches.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses as dc
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import rows
 import tiny
@@ -23,16 +25,20 @@ import vsparse
 from vsparse import adapter
 from vsparse.fingerprint import distance
 from vsparse.integrations.diffusers import fingerprint
+from vsparse.parallel.context import ContextParallel, parse
 from vsparse.training.objective import FlowMatching
 
 STEPS = 20
 BATCH = 2
 ALONE = ("plain", "checkpointing", "accumulation")
 SPREAD = ("ddp", "fsdp2")
+PAIR = ("shared", "shared+checkpointing", "shared+accumulation", "shared+unwrapped")
+FOUR = ("shared+ddp", "shared+fsdp2")
+BY_SAMPLE = (*SPREAD, *FOUR)
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 Batch = tuple[dict[str, Any], Tensor, Tensor, Tensor]
-Outcome = tuple[Tensor, Tensor]
+Outcome = tuple[Tensor, ...]
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -42,15 +48,30 @@ class Way:
     Args:
         host: A key of `tiny.HOSTS`. lora: Train a LoRA instead of the weights, added "after" or "before" the patch.
         mode: "plain"; "checkpointing"; "accumulation" of gradients over single samples; "ddp" or "fsdp2" on as many
-            processes as the batch has samples.
+            processes as the batch has samples. With "shared" several processes have parts of the same samples, under
+            DDP or with "unwrapped" alone; "shared+ddp" and "shared+fsdp2": so many for each sample.
+        parallel: How they share them.
+        gradients: As of `ContextParallel`; None: as the mode wants it.
         method: Patched with, None: unpatched. options: of the method.
+        learns: What the method has added begins with values that show, and is trained, too.
     """
 
     host: str
     lora: str | None = None
     mode: str = "plain"
+    parallel: str = ""
+    gradients: Literal["sum", "mean"] | None = None
     method: str | None = None
     options: Mapping[str, Any] = dc.field(default_factory=dict)
+    learns: bool = False
+
+    @property
+    def context(self) -> ContextParallel | None:
+        """What to hand to the patch."""
+        if not self.parallel:
+            return None
+        usual = "sum" if self.mode == "shared+unwrapped" else "mean"
+        return dc.replace(parse(self.parallel), gradients=self.gradients or usual)
 
 
 def objective() -> FlowMatching:
@@ -79,12 +100,13 @@ def samples(batch: Batch, part: slice) -> Batch:
     return cut, *(x[part] for x in rest)  # type: ignore[return-value]
 
 
-def loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean of the samples' losses."""
+def loss(model: nn.Module, batch: Batch, patch: vsparse.Patch | None = None) -> Tensor:
+    """Mean of the samples' losses, and what the method asks to add."""
     values, clean, noise, times = batch
     noisy, timestep = objective().noise(clean, noise, times)
     prediction = model(**{**values, "hidden_states": noisy, "timestep": timestep})[0]
-    return objective().loss(prediction, clean, noise, times).mean()
+    extra = {} if patch is None else patch.auxiliary_losses()
+    return objective().loss(prediction, clean, noise, times).mean() + sum(extra.values())
 
 
 def prepared(way: Way, dtype: torch.dtype) -> tuple[nn.Module, vsparse.Patch | None]:
@@ -103,22 +125,24 @@ def prepared(way: Way, dtype: torch.dtype) -> tuple[nn.Module, vsparse.Patch | N
     if way.lora == "before":
         add_lora()
     if way.method is not None:
-        patch = vsparse.apply(model, way.method, schedule=vsparse.Schedule(), **way.options)
+        patch = vsparse.apply(model, way.method, schedule=vsparse.Schedule(), parallel=way.context, **way.options)
+        if way.learns:
+            rows.randomise(patch)
     if way.lora == "after":
         add_lora()
-    if way.mode == "checkpointing":
+    if way.mode.endswith("checkpointing"):
         model.enable_gradient_checkpointing()
     return model, patch
 
 
 def wrapped(model: nn.Module, mode: str) -> nn.Module:
     """The module to call."""
-    if mode == "ddp":
+    if mode in ("ddp", *PAIR[:3], "shared+ddp"):
         return nn.parallel.DistributedDataParallel(model)
-    if mode == "fsdp2":
+    if mode.endswith("fsdp2"):
         from torch.distributed.fsdp import fully_shard
 
-        mesh = torch.distributed.init_device_mesh("cpu", (BATCH,))
+        mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
         stacks = ("blocks", "transformer_blocks", "single_transformer_blocks")
         for block in (block for name in stacks for block in getattr(model, name, ())):
             fully_shard(block, mesh=mesh)
@@ -126,38 +150,50 @@ def wrapped(model: nn.Module, mode: str) -> nn.Module:
     return model
 
 
-def parts(mode: str) -> Iterator[slice]:
-    """The samples that this process takes at once, one after the other."""
-    if mode in SPREAD:
-        rank = torch.distributed.get_rank()
-        yield slice(rank, rank + 1)
-    elif mode == "accumulation":
+def parts(mode: str, each: int = 1) -> Iterator[slice]:
+    """The samples that this process takes at once, one after the other; ``each`` processes share them."""
+    if mode in BY_SAMPLE:
+        place = torch.distributed.get_rank() // each
+        yield slice(place, place + 1)
+    elif mode.endswith("accumulation"):
         yield from (slice(i, i + 1) for i in range(BATCH))
     else:
         yield slice(None)
 
 
 def train(way: Way, dtype: torch.dtype = torch.float32) -> Outcome:
-    """Loss curve and the trained parameters of the host, after AdamW steps; float64."""
+    """Loss curve, gradients and trained parameters of the host, after AdamW steps; float64."""
     model, patch = prepared(way, dtype)
     called = wrapped(model, way.mode)
-    mine = [x for name, x in model.named_parameters() if x.requires_grad and ".vsparse." not in name]
+    mine = [x for name, x in model.named_parameters() if x.requires_grad and (way.learns or ".vsparse." not in name)]
     optimiser = torch.optim.AdamW(mine, lr=1e-2 if way.lora else 1e-3)
-    data, shares = batches(way.host, dtype), list(parts(way.mode))
-    losses = torch.zeros(STEPS, dtype=torch.float64)
+    data, shares = batches(way.host, dtype), list(parts(way.mode, way.context.size if way.context else 1))
+    losses, gradients = torch.zeros(STEPS, dtype=torch.float64), [torch.zeros_like(x) for x in mine]
     for i in range(STEPS):
-        optimiser.zero_grad()
+        model.zero_grad()
         for part in shares:
-            piece = loss(called, samples(data[i % len(data)], part)) / len(shares)
-            piece.backward()
+            held = called.no_sync() if called is not model and part != shares[-1] else contextlib.nullcontext()
+            with held:
+                piece = loss(called, samples(data[i % len(data)], part), patch if way.learns else None) / len(shares)
+                piece.backward()
             losses[i] += piece.detach().double()
+        if way.mode == "shared+unwrapped":
+            assert patch is not None
+            patch.sum_gradients()
+        for x, total in zip(mine, gradients, strict=True):
+            if x.grad is not None:
+                total += x.grad
         optimiser.step()
-    if way.mode in SPREAD:
+    if way.mode in BY_SAMPLE:
         torch.distributed.all_reduce(losses)
-        losses /= BATCH
+        losses /= torch.distributed.get_world_size()
     if patch is not None:
         patch.remove()
-    return losses, torch.cat([full(x.detach()).double().flatten() for x in mine])
+    return losses, _flat(gradients), _flat(mine)
+
+
+def _flat(tensors: list[Any]) -> Tensor:
+    return torch.cat([full(x.detach()).double().flatten() for x in tensors])
 
 
 # ---- the law -----------------------------------------------------------------------------------------------------
@@ -169,10 +205,18 @@ def ways(modes: tuple[str, ...]) -> list[tuple[str, ...]]:
     return rows.product(host=("wan", "hunyuan_video"), lora=("", "after"), mode=modes, method=methods)
 
 
+def shared_ways(modes: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The same for videos that two processes share, by heads or by tokens."""
+    return rows.product(
+        host=("wan", "hunyuan_video"), lora=("", "after"), mode=modes, method=("vsa",), parallel=("ulysses=2", "ring=2")
+    )
+
+
 def way_of(row: tuple[str, ...]) -> Way:
-    """An entry of `ways`, with the options at which its method keeps everything."""
-    host, lora, mode, method = row
-    return Way(host=host, lora=lora or None, mode=mode, method=method, options=rows.METHODS[method].everything or {})
+    """An entry of `ways` or `shared_ways`, with the options at which its method keeps everything."""
+    host, lora, mode, method, *parallel = row
+    options = rows.METHODS[method].everything or {}
+    return Way(host=host, lora=lora or None, mode=mode, method=method, options=options, parallel="".join(parallel))
 
 
 @functools.cache
@@ -191,18 +235,43 @@ def standard(host: str, lora: bool) -> tuple[Outcome, list[Outcome]]:
 def errors(way: Way, found: Outcome) -> dict[str, float]:
     """Errors of the whole curve and of all parameters in units of the reference's; at most 2 by the law."""
     exact, stock = standard(way.host, way.lora is not None)
+    return _in_units(found, exact, exact, stock)
+
+
+def _in_units(found: Outcome, truth: Outcome, exact: Outcome, stock: list[Outcome]) -> dict[str, float]:
+    """Distances to a truth in units of the reference's to its own."""
     units = {}
-    for name, mine, truth, others in zip(("loss", "parameters"), found, exact, zip(*stock, strict=True), strict=True):
-        units[name] = float((mine - truth).norm()) / max(float((x - truth).norm()) for x in others)
+    names = ("loss", "gradients", "parameters")
+    for i, name in enumerate(names):
+        units[name] = float((found[i] - truth[i]).norm()) / max(float((x[i] - exact[i]).norm()) for x in stock)
     return units
 
 
-# ---- tasks of two processes --------------------------------------------------------------------------------------
+def learning(host: str, method: str, mode: str, parallel: str) -> Way:
+    """Blocks are dropped, and what the method has added is trained with the host."""
+    return Way(host=host, mode=mode, parallel=parallel, method=method, options=rows.METHODS[method].sparse, learns=True)
+
+
+def apart_from_alone(way: Way, found: Outcome) -> dict[str, float]:
+    """How far a training in float64 is from that of one process, in units of what float32 does to the stock host.
+
+    Blocks are chosen alike in float64 unless two scores are equal to its last digits, so all of it can be compared.
+    """
+    alone = train(dc.replace(way, mode="plain", parallel="", gradients=None), torch.float64)
+    return _in_units(found, alone, *standard(way.host, False))
+
+
+# ---- tasks of several processes --------------------------------------------------------------------------------------
 
 
 def trained_apart(row: tuple[str, ...]) -> list[list[float]]:
     """What `train` gives in each process."""
     return [x.tolist() for x in train(way_of(row))]
+
+
+def trained_exactly(way: Way) -> list[list[float]]:
+    """The same of any way, in float64."""
+    return [x.tolist() for x in train(way, torch.float64)]
 
 
 def parts_are_averaged(mode: str, folder: str) -> None:
