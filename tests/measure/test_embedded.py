@@ -10,8 +10,10 @@ import pytest
 import tiny_pipelines
 import torch
 
+from vsparse.measure.adherence import adherence
 from vsparse.measure.embedded import EMBEDDED, embedded_path, embedded_pipeline
 from vsparse.measure.pipelines import generate
+from vsparse.measure.shapes import held_out
 
 
 def test_loads_without_the_network_and_makes_the_clip(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +36,7 @@ def test_loads_without_the_network_and_makes_the_clip(monkeypatch: pytest.Monkey
     asked = dc.asdict(dc.replace(EMBEDDED, steps=1))
     frames = generate(pipe, prompt="a red circle", seed=0, stepped=lambda: steps.append(1), **asked)
     hook.remove()
-    assert frames.shape == (9, 64, 64, 3)
+    assert frames.shape == (9, EMBEDDED.height, EMBEDDED.width, 3)
     assert set(tokens) == {1280}
     assert steps == [1]
 
@@ -61,3 +63,12 @@ def test_a_pipeline_that_lacks_ftfy_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(built[0], "encode_prompt", missing)
     with pytest.raises(ImportError, match="WanVACEPipeline of this diffusers needs ftfy: pip install ftfy"):
         generate(built[0], prompt="a cat", seed=0, height=32, width=32, frames=5, steps=1)
+
+
+@pytest.mark.parametrize("place", [3, 16])
+def test_it_follows_prompts_that_it_was_not_trained_on(place: int) -> None:
+    pipe, scene = embedded_pipeline(), held_out()[place]
+    pipe.set_progress_bar_config(disable=True)
+    found = adherence(generate(pipe, prompt=scene.prompt, seed=0, **dc.asdict(EMBEDDED)), scene)
+    assert found.follows, found
+    assert found.coherent, found

@@ -29,22 +29,26 @@ def joined(setting: ContextParallel) -> Iterator[tuple[int, str | None]]:
     if setting.size == 1:
         yield 0, None
         return
-    start = f"start with torchrun --nproc-per-node {setting.size} -m vsparse"
-    if not dist.is_initialized() and not dist.is_torchelastic_launched():
-        raise ValueError(f"context parallel: {setting} takes {setting.size} processes, and this is one alone; {start}")
+    mine = not dist.is_initialized()
+    if mine and not dist.is_torchelastic_launched():
+        raise ValueError(_refusal(setting, 1))
     device = None
     if torch.cuda.is_available():
-        device = f"cuda:{dist.get_node_local_rank(0)}"
+        device = f"cuda:{dist.get_node_local_rank(fallback_rank=0)}"
         torch.cuda.set_device(device)
-    mine = not dist.is_initialized()
     if mine:
         dist.init_process_group("nccl" if device else "gloo")
     try:
         if dist.get_world_size() != setting.size:
-            raise ValueError(
-                f"context parallel: {setting} takes {setting.size} processes, not {dist.get_world_size()}; {start}"
-            )
+            raise ValueError(_refusal(setting, dist.get_world_size()))
         yield dist.get_rank(), device
     finally:
         if mine:
             dist.destroy_process_group()
+
+
+def _refusal(setting: ContextParallel, world: int) -> str:
+    return (
+        f"context parallel: {setting} takes {setting.size} processes, not {world}; start with "
+        f"torchrun --nproc-per-node {setting.size} -m vsparse"
+    )
