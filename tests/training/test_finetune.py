@@ -11,63 +11,19 @@ from typing import Any
 import pytest
 import tiny_pipelines
 import torch
+from finetuning import VSA, Ear, lay, settings
 
 import vsparse
-from vsparse.measure.shapes import draw, training_scenes
-from vsparse.measure.video import write_video
 from vsparse.training import checkpoints
-from vsparse.training.data.clips import Problem
-from vsparse.training.finetune import Told, finetune
+from vsparse.training.finetune import finetune
 from vsparse.training.settings import Settings
 from vsparse.training.settings_file import example, meanings, read
-
-VSA = 'key = "vsa"\noptions = {density = 0.5, tile = [1, 4, 4], block = 16}'
 
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline on disk and five clips of two sizes beside it, one of them broken."""
-    folder = tmp_path_factory.mktemp("ground")
-    pipe, _ = tiny_pipelines.wan()
-    pipe.save_pretrained(folder / "model")
-    (folder / "videos").mkdir()
-    scenes = training_scenes()[::29][:5]
-    for i, scene in enumerate(scenes):
-        size = 32 if i < 3 else 48
-        clip = draw([scene], seed=i, size=size)[0].movedim(0, -1) * 0.5 + 0.5
-        write_video(folder / "videos" / f"{i}.mp4", clip)
-        (folder / "videos" / f"{i}.txt").write_text(scene.prompt)
-    (folder / "videos" / "4.mp4").write_bytes(b"no video")
-    return folder
-
-
-def settings(ground: Path, output: Path, text: str = "", **replace: str) -> Settings:
-    """A run of four steps, read from a file as a user would give it; sections can be replaced."""
-    sections = {
-        "model": f'path = "{ground / "model"}"\ngradient_checkpointing = false',
-        "data": f'source = "{ground / "videos"}"\nbatch = 2\nworkers = 0\ncache = "{ground / "cache"}"',
-        "train": 'steps = 4\nprecision = "fp32"\nsave_every = 2\nlog_every = 1\naverage = 0.9',
-        "method": VSA,
-        "optimiser": "learning_rate = 1e-3\nmethod_learning_rate = 1e-2",
-        **replace,
-    }
-    buckets = [f"[[data.buckets]]\nframes = 5\nheight = {n}\nwidth = {n}\n" for n in (32, 48)]
-    path = output.with_suffix(".toml")
-    parts = [f'output = "{output}"', text, *(f"[{name}]\n{body}" for name, body in sections.items()), *buckets]
-    path.write_text("\n".join(parts))
-    return read(path)
-
-
-class Ear(Told):
-    def __init__(self) -> None:
-        self.problems: list[Problem] = []
-        self.figures: list[dict[str, float]] = []
-
-    def skipped(self, problems: Any) -> None:
-        self.problems += problems
-
-    def stepped(self, done: int, figures: Any) -> None:
-        self.figures.append(dict(figures))
+    return lay(tmp_path_factory.mktemp("ground"))
 
 
 def test_full_training_leaves_a_transformer_and_gates(ground: Path, tmp_path: Path) -> None:
@@ -88,14 +44,9 @@ def test_full_training_leaves_a_transformer_and_gates(ground: Path, tmp_path: Pa
 def test_the_same_command_goes_on_or_does_nothing(ground: Path, tmp_path: Path) -> None:
     """Cut off after the first checkpoint it ends with the bytes of the whole run; finished, it leaves all as it is."""
 
-    class Cut(Told):
-        def stepped(self, done: int, figures: Any) -> None:
-            if done == 3:
-                raise KeyboardInterrupt
-
     whole = finetune(settings(ground, tmp_path / "whole"))
     with pytest.raises(KeyboardInterrupt):
-        finetune(settings(ground, tmp_path / "cut"), told=Cut())
+        finetune(settings(ground, tmp_path / "cut"), told=Ear(stop=3))
     cut = finetune(settings(ground, tmp_path / "cut"))
     for path in whole.rglob("*.safetensors"):
         assert (cut / path.relative_to(whole)).read_bytes() == path.read_bytes()

@@ -254,8 +254,14 @@ from vsparse.parallel.planner import Attention, choose, factorisations
 from vsparse.parallel.rates import Cluster, fit_compute, fit_rate
 from vsparse.parallel.simulation import simulate_all
 
-cluster = Cluster(name="ours", per_node=8, memory=30e9, rate=fit_compute(flops, seconds),
-                  inside=fit_rate(sizes, times), between=fit_rate(sizes, times_across))
+cluster = Cluster(
+    name="ours",
+    per_node=8,
+    memory=30e9,
+    rate=fit_compute(flops, seconds),
+    inside=fit_rate(sizes, times),
+    between=fit_rate(sizes, times_across),
+)
 splits = simulate_all(maps, factorisations(16, heads=40), heads=40)  # BlockMaps of one layer
 choice = choose(Attention(tokens=75_600, heads=40, head_dim=128, layers=40), cluster, splits)
 rich.print(choice.table())

@@ -17,7 +17,7 @@ from vsparse.training.data.clips import Problem
 from vsparse.training.distill import AttentionDistillation, VelocityDistillation
 from vsparse.training.export import export
 from vsparse.training.files import clear_partial
-from vsparse.training.loop import Trainer, make_accelerator
+from vsparse.training.loop import Trainer, make_accelerator, video_of
 from vsparse.training.objective import FlowMatching, Objective, objective_of
 from vsparse.training.settings import ObjectiveSettings, Settings
 from vsparse.training.source import open_source
@@ -61,6 +61,7 @@ def finetune(settings: Settings, *, told: Told | None = None) -> Path:
     output = check_folder(settings.output)
     target = output / RESULT
     accelerator = make_accelerator()
+    video_of(accelerator, settings.train)  # refuses a number of processes that does not fit
     student = load_student(
         settings.model,
         settings.method,

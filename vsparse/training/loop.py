@@ -46,7 +46,8 @@ class TrainSettings:
         save_every: Steps between checkpoints; the last step is always saved. keep: how many checkpoints stay.
         shard: Spread weights, gradients and optimiser over the processes (FSDP2) instead of having all of them
             everywhere (DDP). Also where `accelerate launch` asks for FSDP.
-        context_parallel: Processes that share each video, "ulysses=2,ring=2"; others hold other videos. Empty: none.
+        context_parallel: Processes that share each video, by heads ("ulysses=2"), by tokens ("ring=2", "gather=2") or
+            both ("ulysses=2,ring=2"); further ones hold other videos. Empty: none.
         log_every: Steps between lines of the log. validate_every: steps between validations, 0: only at the end.
 
     Raises:

@@ -62,7 +62,7 @@ class DataSettings:
         source: A folder of videos with captions (``clip.mp4`` beside ``clip.txt``, or a ``metadata.csv`` or ``.jsonl``
             for all), or such a CSV or JSONL file.
         buckets: Sizes; each clip goes to the one that fits it best, and a batch has one size.
-        batch: Clips in a micro-batch of one process.
+        batch: Clips in a micro-batch of one process, or of the processes that share them (``train.context_parallel``).
         cache: Folder for encoded clips and captions; None: ``cache`` in the output folder.
         streaming: Decode and encode in every step instead, without a cache.
         workers: Processes that read or decode.
