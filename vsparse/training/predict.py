@@ -132,7 +132,7 @@ def predict_step(settings: Settings, bucket: Bucket, *, pipe: Any = None) -> Pre
         meter, saved = Meter(), 0
         with meter, meter.at(patch.sites if patch else ()):
             for _ in range(passes):
-                with torch.autocast("cpu", torch.bfloat16, enabled=settings.train.precision == "bf16"):
+                with meter.tidy(), torch.autocast("cpu", torch.bfloat16, enabled=settings.train.precision == "bf16"):
                     loss = _loss(side, transformer, patch, noisy, text)
                 saved = saved or meter.alive
                 loss.backward()
