@@ -112,7 +112,9 @@ def finetune(settings: Settings, *, told: Told | None = None) -> Path:
     )
     kept.append(run)
     run.run()
-    if not target.exists():
+    finished = target.exists()
+    accelerator.wait_for_everyone()  # all have looked before the first one writes it
+    if not finished:
         clear_partial(output)
         with run.average.in_place():
             export(student, target, kind=settings.result, accelerator=accelerator)

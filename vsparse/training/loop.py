@@ -183,7 +183,9 @@ class Trainer:
         """
         settings = self.settings
         first = self._resume()
-        if first and self._validates(first) and not self._validated(first):
+        missed = bool(first) and self._validates(first) and not self._validated(first)
+        self.accelerator.wait_for_everyone()  # all have looked before the first one writes it
+        if missed:
             self._validate(first)
         draws = Draws((settings.seed,))
         batches = iter(self.task.batches(first, settings.steps))
