@@ -150,3 +150,13 @@ def balanced(parallel: ContextParallel) -> tuple[float, int, dict[str, float]]:
             moved = sum(x.last.moved for x in patch._runtimes[0].division._balance.values() if x.last is not None)
             plans = sum(x.plans for x in patch._runtimes[0].division._balance.values())
             return max(_distance(x, wanted) for x in found) / known, moved + plans, patch.stats()["imbalance"]
+
+
+def counted(parallel: ContextParallel) -> tuple[float, float]:
+    """Of one dense and one sparse layer: the executed density that stats say, and the one of the sparse layer."""
+    model, values = _values(Case(host="wan", method="sta", parallel=parallel, heads=2), torch.float32)
+    schedule = vsparse.Schedule(dense_layers=1)
+    with vsparse.apply(model, "sta", schedule=schedule, parallel=parallel, **rows.METHODS["sta"].sparse) as patch:
+        rows.forward(model, values)
+        found = patch.stats()
+        return found["density"], found["sparse_density"]

@@ -102,6 +102,11 @@ class Patch:
         seen = [x for runtime in self._runtimes if (x := runtime.division.imbalance()) is not None]
         return {name: max(x[name] for x in seen) for name in seen[0]} if seen else None
 
+    @property
+    def parallel(self) -> ContextParallel:
+        """How videos are shared between processes, by `apply` or, since the last forward, by diffusers."""
+        return self._runtimes[0].division.setting
+
     def clear_stats(self) -> None:
         """Count anew from here on."""
         for runtime in self._runtimes:
@@ -289,12 +294,17 @@ def _refuse_sharded(roots: list[Root], made: Plan) -> None:
 def _divisions(roots: list[Root], made: Plan, parallel: ContextParallel | None) -> list[Division]:
     """The division of each root, once all processes have said that they want the same."""
     setting = ContextParallel() if parallel is None else parallel
+    if setting.size > 1 and made.skipped:
+        raise NotImplementedError(
+            f"context parallel: {', '.join(made.skipped)} cannot be patched, and stock attention would see the tokens "
+            "of one process alone"
+        )
     found = []
     for root in roots:
         device = next((x.device for x in root.module.parameters()), torch.device("cpu"))
         groups = open_groups(setting, device)
         told = {"method": (made.method.key, made.method.options()), "schedule": made.schedule, "model": root.name}
-        agree(groups.all, "vsparse.apply", {**told, "parallel": str(setting), "sites": len(root.claims)})
+        agree(groups.all, "vsparse.apply", {**told, **setting.told, "sites": len(root.claims)})
         least = min((claim.site.heads for claim in root.claims), default=0)
         if setting.ulysses > least:
             raise ValueError(

@@ -58,10 +58,15 @@ class _Record:
     bound: list[tuple[SparseAttention, Phase, Call, Version]]
     division: Division
     cut: Cut | None
+    batch: int
 
-    def heads(self, site: SparseAttention) -> int:
+    def dense(self, site: SparseAttention, whole: Tensor | float) -> Tensor | float:
+        """Token pairs of full attention at a site, by this process; ``whole``: of one head with all rows."""
         call = next(call for module, _, call, _ in self.bound if module is site)
-        return call.share.heads_of(site.site.heads)
+        if call.share.shard is not None:
+            rows, keys = (side.length.double().sum(-1) for side in (call.rows, call.blocking))
+            whole = (rows * keys).expand(self.batch, 1).sum()
+        return whole * call.share.heads_of(site.site.heads)
 
     def restore(self, *, again: bool = False) -> None:
         self.division.cut = self.cut
@@ -208,7 +213,7 @@ class Runtime:
             phase: Phase = "dense" if against else self._phase(site, where, branch)
             bound.append((site, phase, call, site.version(_key(site, branch))))
             site.ran = False
-        record = _Record(bound, self.division, self.division.cut)
+        record = _Record(bound, self.division, self.division.cut, reading.batch)
         record.restore()
         self._now = (where, branch, record, _token_pairs(reading))
 
@@ -358,7 +363,7 @@ class Runtime:
                 total = self.pairs.get(site.site.name)
                 self.pairs[site.site.name] = pairs if total is None else total + pairs
             else:
-                self.dense_pairs = self.dense_pairs + dense * record.heads(site)
+                self.dense_pairs = self.dense_pairs + record.dense(site, dense)
             if phase in site.method.state_phases:
                 site.state.commit(_key(site, branch), where.step)
 

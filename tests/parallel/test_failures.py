@@ -51,6 +51,12 @@ def _another_setting() -> None:
     _wan(setting=FOUR if dist.get_rank() else "ulysses=4", heads=5)
 
 
+def _another_balance() -> None:
+    model, _ = rows.build("wan", heads=3)
+    setting = ContextParallel(ulysses=2, ring=2, balance=None if dist.get_rank() else 1.1)
+    vsparse.apply(model, "vsa", parallel=setting, **rows.METHODS["vsa"].sparse)
+
+
 def _another_grid() -> None:
     _forward(_wan()[0], (4, 3, 7) if dist.get_rank() else (4, 5, 7))
 
@@ -80,6 +86,17 @@ def _few_tiles() -> None:
 
 def _few_tokens() -> None:
     _forward(_wan(setting="ulysses=4", heads=5)[0], (1, 1, 3))
+
+
+def _a_part_without_tokens() -> None:
+    """Tiles of four tokens and of one: the second shard has one token for two processes."""
+    _forward(_wan(tile=(1, 1, 4))[0], (1, 1, 5))
+
+
+def _not_all_can_be_patched() -> None:
+    model, _ = rows.build("hunyuan_video")
+    model.register_to_config(image_condition_type="token_replace")
+    vsparse.apply(model, "adaspa", strict=False, parallel=parse("ulysses=2"), **rows.METHODS["adaspa"].sparse)
 
 
 def _vmoba() -> None:
@@ -131,6 +148,7 @@ def _replaced_tokens() -> None:
 REFUSALS = [
     (_another_option, ValueError, ["method differs", "process 0: ", "'density': 0.5", "process 3: ", "'density': 0.3"]),
     (_another_setting, ValueError, ["setting differs", "process 0: 'ulysses=4'", f"process 1: '{FOUR}'"]),
+    (_another_balance, ValueError, ["balance differs", "process 0: 1.1", "process 1: None"]),
     (_another_grid, ValueError, ["grid differs", "process 0: Grid(t=4, h=5", "process 1: Grid(t=4, h=3"]),
     (_another_grid_later, ValueError, ["grid differs", "process 0: ", "h=5", "h=3"]),
     (_another_batch, ValueError, ["batch differs", "process 0: 2", "process 1: 1"]),
@@ -138,6 +156,7 @@ REFUSALS = [
     (_more_than_heads, ValueError, ["3 heads", "ulysses=4", "ulysses=3 with ring or gather"]),
     (_few_tiles, ValueError, ["1 tiles", "4 processes", "ulysses", "larger video"]),
     (_few_tokens, ValueError, ["3 video tokens", "4 processes", "fewer"]),
+    (_a_part_without_tokens, ValueError, ["without a token", "(4, 1) video tokens"]),
     (_vmoba, NotImplementedError, ["ring=4 shares tokens", "several orders", "ulysses=4"]),
     (_svg2, NotImplementedError, ["gather=4 shares tokens", "order of the tokens in each call", "ulysses=4"]),
     (_by_layer, NotImplementedError, [f"{FOUR} shares tokens", "several orders", "ulysses=4"]),

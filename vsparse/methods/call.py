@@ -83,8 +83,7 @@ class Call:
     def all_sum(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The sum over all slots, ``[B, 1, H, D]``, of what is packed for the rows that `core` sees."""
         shard = self.share.shard
-        found = x.sum(1, keepdim=True, dtype=dtype)
-        return found if shard is None else shard.sum_slots(x, dtype)
+        return x.sum(1, keepdim=True, dtype=dtype) if shard is None else shard.sum_slots(x, dtype)
 
     def over_shards(self, x: Tensor, *, once: bool = False) -> Tensor:
         """The sum of what processes that share the tokens have found for theirs.

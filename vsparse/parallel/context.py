@@ -37,7 +37,7 @@ class ContextParallel:
             they are scaled beforehand.
 
     Raises:
-        ValueError: a number below 1, both ``ring`` and ``gather``, a mesh of another form.
+        ValueError: a number below 1, both ``ring`` and ``gather``.
     """
 
     ulysses: int = 1
@@ -76,6 +76,11 @@ class ContextParallel:
     def how(self) -> Literal["ring", "gather"]:
         """How keys of other processes come."""
         return "gather" if self.gather > 1 else "ring"
+
+    @property
+    def told(self) -> dict[str, object]:
+        """Everything that processes must have alike, for `agree`; each has a mesh of its own."""
+        return {"the setting": str(self), "balance": self.balance, "gradients": self.gradients}
 
     def __str__(self) -> str:
         said = [f"{name}={value}" for name in ("ulysses", "ring", "gather") if (value := getattr(self, name)) > 1]
@@ -132,7 +137,7 @@ def open_groups(setting: ContextParallel, device: torch.device) -> Groups:
     Raises:
         RuntimeError: torch.distributed is not set up.
         ValueError: a number of processes that the setting does not fit, another setting on another process, or a
-            backend that cannot send from the device.
+            backend that cannot send from the device, or a mesh of another form.
     """
     if setting.size == 1:
         return Groups()
@@ -147,7 +152,7 @@ def open_groups(setting: ContextParallel, device: torch.device) -> Groups:
     mesh = setting.mesh
     if mesh is None:
         everyone = Group(size=world, rank=dist.get_rank(), handle=None, name="default", board=board_of("all"))
-        agree(everyone, "context parallel", {"the setting": str(setting)})
+        agree(everyone, "context parallel", setting.told)
         if world % setting.size:
             fitting = ", ".join(f"ulysses={n}" for n in range(2, world + 1) if world % n == 0) or "one process"
             raise ValueError(

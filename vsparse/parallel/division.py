@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -20,7 +21,9 @@ from vsparse.parallel.share import ALL, Cut, Share, even
 __all__ = ["Division"]
 
 LOOK_EVERY = 4
-"""Forwards between two looks at what the heads have to do: each reads from the device."""
+"""Least forwards between two looks at what the heads have to do: each reads from the device."""
+SIZES = 8
+"""Sizes of videos whose division is kept."""
 
 
 class Division:
@@ -39,7 +42,7 @@ class Division:
         self._shares: dict[tuple[object, ...], Share] = {}
         self._balance: dict[int, HeadBalance] = {}
         self._loads: dict[int, Tensor] = {}
-        self._forwards = 0
+        self._unseen = 0
 
     @property
     def alone(self) -> bool:
@@ -62,7 +65,7 @@ class Division:
             return
         if other is None:
             self.setting, self.groups, self._followed = ContextParallel(), Groups(), None
-            self.cut = self.shard = None
+            self._forget()
             return
         if self._followed is other.mesh:
             return
@@ -77,12 +80,21 @@ class Division:
                 "cut tokens where blocks end, so that only heads can be shared; use at most as many, or leave it out "
                 "and share tokens by vsparse.apply(..., parallel=ContextParallel(ulysses=..., ring=...))"
             )
+        if other.ring > 1:
+            warnings.warn(
+                f"vsparse: heads are shared between all {other.size} processes of diffusers' {other}: its ring does "
+                "not cut tokens where blocks end",
+                stacklevel=2,
+            )
         groups = open_groups(other, device)
         self.groups = dc.replace(groups, heads=groups.all, rows=ALONE)
         self.setting, self._followed = other, other.mesh
-        self._cuts.clear()
-        self._shares.clear()
-        self._balance.clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        self.cut = self.shard = None
+        for known in (self._cuts, self._shares, self._balance, self._loads):
+            known.clear()
 
     def begin(
         self, grid: Grid, batch: int, device: torch.device, layouts: Sequence[Layout], *, movable: bool = False
@@ -102,11 +114,15 @@ class Division:
         agree(self.groups.all, "a forward", {"grid": grid, "batch": batch})
         key = (grid, batch, device)
         if key not in self._cuts:
+            if len(self._cuts) >= SIZES:
+                self._cuts.clear()
+                self._shares.clear()
             self._cuts[key] = self._divide(grid, layouts)
         self.cut, self.shard = self._cuts[key]
-        self._forwards += 1
-        if movable and self._loads and self._forwards % LOOK_EVERY == 0:
+        self._unseen += 1
+        if movable and self._loads and self._unseen >= LOOK_EVERY:
             self._rebalance()
+            self._unseen = 0
 
     def observe(self, layer: int, loads: Tensor) -> None:
         """Hear what the heads of this process computed in a layer, ``[h]``; read from the device now and then only."""
@@ -158,6 +174,11 @@ class Division:
             )
         shard = shard_of(layouts[0], self.groups.rows, self.groups.how)
         sizes = tuple(size for tokens in shard.tokens for size in even(tokens, self.groups.heads.size))
+        if not all(sizes):
+            raise ValueError(
+                f"context parallel: {self.setting} leaves a process without a token of {grid}, whose parts have "
+                f"{shard.tokens} video tokens; use fewer processes, or a larger video"
+            )
         return Cut(groups=self.groups, grid=grid, sizes=sizes, order=order_of(layouts[0])), shard
 
     def enter(self) -> None:

@@ -113,9 +113,10 @@ def finetune(settings: Settings, *, told: Told | None = None) -> Path:
     kept.append(run)
     run.run()
     finished = target.exists()
-    accelerator.wait_for_everyone()  # all have looked before the first one writes it
-    if not finished:
+    if accelerator.is_main_process:
         clear_partial(output)
+    accelerator.wait_for_everyone()  # all have looked, and nobody clears, once the first one writes
+    if not finished:
         with run.average.in_place():
             export(student, target, kind=settings.result, accelerator=accelerator)
     return target

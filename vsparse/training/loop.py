@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vsparse.measure.video import check_folder
 from vsparse.optional import require
 from vsparse.parallel.context import ContextParallel, parse
+from vsparse.patch import patch_of
 from vsparse.training import checkpoints
 from vsparse.training.average import Average
 from vsparse.training.diagnosis import NotFiniteError, first_not_finite
@@ -107,6 +108,17 @@ def video_of(accelerator: Any, settings: TrainSettings) -> tuple[int, int]:
     return accelerator.process_index // each, accelerator.num_processes // each
 
 
+def _check_sharing(model: nn.Module, settings: TrainSettings) -> None:
+    """Refuse a model whose videos are shared otherwise than its batches are."""
+    patch = patch_of(model)
+    found = ContextParallel() if patch is None else patch.parallel
+    if (found.size, found.size > 1 and found.gradients) != (settings.parallel.size, found.size > 1 and "mean"):
+        raise ValueError(
+            f"train: context_parallel={settings.context_parallel!r}, and the model is patched with {found}, "
+            f"gradients={found.gradients!r}; patch it with parallel=settings.parallel"
+        )
+
+
 def make_accelerator() -> Any:
     """accelerate's handle on this process and the others, of `accelerate launch` or torchrun; on CPUs, too.
 
@@ -142,7 +154,8 @@ class Trainer:
         logged: Told of each line of the log, in the first process.
 
     Raises:
-        ValueError: nothing learns, or the folder cannot be written.
+        ValueError: nothing learns, the folder cannot be written, or the model's videos are shared otherwise than
+            ``settings.context_parallel`` says.
     """
 
     def __init__(
@@ -165,6 +178,7 @@ class Trainer:
         self.accelerator = accelerator or make_accelerator()
         self.validate, self.progressed, self.before_step, self.logged = validate, progressed, before_step, logged
         self._rates = optimiser
+        _check_sharing(model, settings)
         self.plain = model
         self.model, self._held = spread(model, self.accelerator, shard=settings.shard)
         self.optimisers = make_optimisers(model.named_parameters(), optimiser, added=tuple(added))
