@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -136,20 +137,32 @@ def enable_parallelism(model: nn.Module, parallel: ContextParallel, **plan: Any)
         torch.accelerator.device_count, torch._C._get_accelerator = counted, kind
 
 
-def balanced(parallel: ContextParallel) -> tuple[float, int, dict[str, float]]:
-    """Ten forwards whose heads may move after any of them: the worst error, heads that moved, and what stats say."""
-    model, values = _values(Case(host="wan", method="nabla", parallel=parallel, heads=4), torch.float64)
-    options = rows.METHODS["nabla"].sparse
+def balanced(parallel: ContextParallel, method: str, heads: int) -> tuple[float, int, dict[str, float]]:
+    """Ten generations of three forwards whose heads may move between two of them: the worst error, heads that moved and
+    plans that were made, and what stats say."""
+    model, values = _values(Case(host="wan", method=method, parallel=parallel, heads=heads), torch.float64)
+    narrow, _ = _values(Case(host="wan", method=method, parallel=parallel, heads=heads), torch.float32)
+    options = rows.METHODS[method].sparse
+
+    def made(patch: vsparse.Patch) -> list[Tensor]:
+        with patch.generation(3):
+            return [_step(patch, i) for i in range(3)]
+
+    def _step(patch: vsparse.Patch, i: int) -> Tensor:
+        with patch.step(i):
+            found: Tensor = model(**values)[0]
+            return found
+
     with torch.no_grad():
-        with vsparse.apply(model, "nabla", **options):
-            wanted = model(**values)[0]
-        narrow, _ = _values(Case(host="wan", method="nabla", parallel=parallel, heads=4), torch.float32)
+        with vsparse.apply(model, method, **options) as patch:
+            wanted = made(patch)
         known = _distance(narrow(**rows.cast_inputs(values, torch.float32))[0], model(**values)[0])
-        with vsparse.apply(model, "nabla", parallel=dc.replace(parallel, balance=1.0), **options) as patch:
-            found = [model(**values)[0] for _ in range(10)]
+        with vsparse.apply(model, method, parallel=dc.replace(parallel, balance=1.0), **options) as patch:
+            found = [made(patch) for _ in range(10)]
             moved = sum(x.last.moved for x in patch._runtimes[0].division._balance.values() if x.last is not None)
             plans = sum(x.plans for x in patch._runtimes[0].division._balance.values())
-            return max(_distance(x, wanted) for x in found) / known, moved + plans, patch.stats()["imbalance"]
+            worst = max(_distance(x, y) for one in found for x, y in zip(one, wanted, strict=True))
+            return worst / known, moved + plans, patch.stats()["imbalance"]
 
 
 def counted(parallel: ContextParallel) -> tuple[float, float]:
@@ -160,3 +173,14 @@ def counted(parallel: ContextParallel) -> tuple[float, float]:
         rows.forward(model, values)
         found = patch.stats()
         return found["density"], found["sparse_density"]
+
+
+def warned(parallel: ContextParallel) -> list[str]:
+    """Warnings of two forwards that diffusers divides."""
+    model, values = _values(Case(host="wan", method="vsa", parallel=parallel, heads=4, grid=(4, 4, 6)), torch.float32)
+    enable_parallelism(model, parallel)
+    with vsparse.apply(model, "vsa", **rows.METHODS["vsa"].sparse), warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            rows.forward(model, values)
+        return [str(one.message) for one in seen if str(one.message).startswith("vsparse")]

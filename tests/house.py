@@ -34,6 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("runtime",),
     ("host",),
     ("planning",),
+    ("stats",),
     ("patch",),
 )
 RANK = {unit: rank for rank, floor in enumerate(FLOORS) for unit in floor}

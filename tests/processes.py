@@ -74,6 +74,10 @@ class Pool:
             process.join()
 
 
+Get = Callable[[], Pool]
+"""Starts the pool where it does not run, and returns it."""
+
+
 @functools.cache
 def group(size: int) -> Group:
     """In a process of a pool: the neighbours, so many, among whom it is; every process must ask."""
@@ -104,7 +108,7 @@ def _serve(rank: int, count: int, store: str, pipe: Connection) -> None:
 
 
 @contextlib.contextmanager
-def pool(count: int = 2) -> Iterator[Callable[[], Pool]]:
+def pool(count: int = 2) -> Iterator[Get]:
     """A function that starts the pool at its first call, and again where a failure has closed it."""
     made: list[Pool] = []
 

@@ -22,6 +22,7 @@ from vsparse.parallel.division import Division
 from vsparse.planning import Plan, make_plan, resolve_method, resolve_schedule
 from vsparse.runtime import Runtime
 from vsparse.schedule import Schedule
+from vsparse.stats import stats_of
 from vsparse.steps import Tracker
 from vsparse.wrapping import is_sharded, whole, writes
 
@@ -72,40 +73,22 @@ class Patch:
             ``imbalance`` says how much more than the mean the slowest has to do in the worst layer: with heads in their
             order (``naive``), and ``now``.
         """
-        computed = possible = dense = 0.0
-        sites: dict[str, float] = {}
-        calls: dict[str, int] = {}
-        fallbacks: dict[str, int] = {}
-        for runtime in self._runtimes:
-            for name, pairs in runtime.pairs.items():
-                done, whole = pairs.tolist()
-                computed, possible = computed + done, possible + whole
-                sites[f"{runtime.name}.{name}"] = done / whole
-            dense += float(runtime.dense_pairs)
-            for mine, total in ((runtime.phases, calls), (runtime.fallbacks, fallbacks)):
-                for key, count in mine.items():
-                    total[key] = total.get(key, 0) + count
-        everything = possible + dense
-        return {
-            "density": (computed + dense) / everything if everything else None,
-            "sparse_density": computed / possible if possible else None,
-            "sites": sites,
-            "calls": calls,
-            "searches": calls.get("search", 0) + calls.get("refresh", 0),
-            "fallbacks": fallbacks,
-            "kernel": self.plan.kernel,
-            "state_bytes": sum(runtime.state_bytes() for runtime in self._runtimes),
-            **({"imbalance": found} if (found := self._imbalance()) else {}),
-        }
-
-    def _imbalance(self) -> dict[str, float] | None:
-        seen = [x for runtime in self._runtimes if (x := runtime.division.imbalance()) is not None]
-        return {name: max(x[name] for x in seen) for name in seen[0]} if seen else None
+        return stats_of(self._runtimes, self.plan)
 
     @property
     def parallel(self) -> ContextParallel:
         """How videos are shared between processes, by `apply` or, since the last forward, by diffusers."""
         return self._runtimes[0].division.setting
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """Around a loop of your own where processes share videos; all of them enter and leave it.
+
+        What ends the loop on one process between two forwards (data that cannot be read, memory that is full in a
+        backward) is told to the others, which stop with that cause where they wait. Forwards tell by themselves.
+        """
+        with self._runtimes[0].division.telling():
+            yield
 
     def clear_stats(self) -> None:
         """Count anew from here on."""

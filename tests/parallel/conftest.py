@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import processes
 import pytest
+from processes import Get
 
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[Callable[[], processes.Pool]]:
+def pool() -> Iterator[Get]:
     with processes.pool(4) as get:
         yield get

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import get_args
 
 import processes
 import torch
+from processes import Get
 from torch import Tensor
 
 from vsparse.parallel.collectives import (
@@ -19,7 +19,6 @@ from vsparse.parallel.collectives import (
     total,
 )
 
-Get = Callable[[], processes.Pool]
 DTYPES = (torch.float64, torch.bfloat16, torch.float32)
 
 

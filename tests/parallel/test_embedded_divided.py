@@ -8,21 +8,19 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import processes
 import pytest
 import rows
 import torch
+from processes import Get
 from torch import Tensor
 
 import vsparse
 from vsparse.measure.embedded import EMBEDDED, embedded_path, embedded_pipeline
 from vsparse.parallel.context import parse
 
-Get = Callable[[], processes.Pool]
 CLIP = dc.replace(EMBEDDED, height=64, width=64, frames=5, steps=3)
 PROMPT = "a red circle moving right on a dark background"
 OPTIONS = {"density": 0.3, "tile": (1, 4, 4), "block": 16}

@@ -12,19 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import processes
 import pytest
 import rows
 import torch
 import torch.distributed as dist
 from divided import enable_parallelism
+from processes import Get
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import vsparse
 from vsparse.parallel.context import ContextParallel, open_groups, parse
 
-Get = Callable[[], processes.Pool]
 FOUR = "ulysses=2,ring=2"
 FAILED = (ValueError, NotImplementedError, RuntimeError)
 
@@ -191,6 +190,36 @@ def test_refused_on_every_process(pool: Get, task: Callable[[], None], kind: typ
     for _, message in found:
         missing = [part for part in parts if part not in message]
         assert not missing, f"{missing} not in: {message}"
+
+
+def _told() -> list[str]:
+    """The last process ends its loop before the second forward, as one does whose data cannot be read; then all go on,
+    in a loop and without one. What each of them heard.
+    """
+    model, patch = _wan()
+    found = ""
+    try:
+        with patch.telling():
+            _forward(model)
+            if dist.get_rank() == 3:
+                raise OSError("the clip cannot be read")
+            _forward(model)
+    except (OSError, RuntimeError) as error:
+        found = str(error)
+    dist.barrier()
+    with patch.telling():
+        _forward(model)
+    _forward(model)
+    return [found, str(patch.stats()["calls"])]
+
+
+def test_what_ends_a_loop_is_told_to_those_who_wait(pool: Get) -> None:
+    *waiting, (own, calls) = pool().run(_told)
+    assert own == "the clip cannot be read"
+    for heard, theirs in waiting:
+        assert "a forward of the context group did not come" in heard, heard
+        assert "another process has failed: process 3 of 4: OSError: the clip cannot be read" in heard, heard
+        assert theirs == calls
 
 
 # ---- refused without any process group ---------------------------------------------------------------------------

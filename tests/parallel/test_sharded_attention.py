@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections import Counter
-from collections.abc import Callable
 from typing import Any, get_args
 from unittest import mock
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from parallel_cases import SEEDS, SIZES, WIDTH, Case, compare, drawn, make, named
+from processes import Get
 from torch.utils.checkpoint import checkpoint
 
 import vsparse
@@ -22,7 +22,6 @@ from vsparse.layouts import Blocking
 from vsparse.parallel.collectives import ALONE, Group, counted_traffic
 from vsparse.parallel.sharded import How, sharded_attention
 
-Get = Callable[[], processes.Pool]
 HOWS = get_args(How)
 
 

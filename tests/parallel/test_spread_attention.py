@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import dataclasses as dc
 import random
-from collections.abc import Callable
 
 import oracle
 import processes
 import pytest
 import torch
 from parallel_cases import SEEDS, SIZES, Case, Shared, compare, cuts, drawn, make, named
+from processes import Get
 from torch import Tensor
 
 import vsparse
 from vsparse import BlockMap
 from vsparse.parallel.collectives import ALONE, Group, gather, total
 from vsparse.parallel.spread import spread_attention
-
-Get = Callable[[], processes.Pool]
 
 
 def over_processes(case: Case, group: Group, seed: int) -> oracle.Function:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import processes
 import pytest
 import rows
+from processes import Get
 
 import vsparse
 from vsparse.parallel.collectives import counted_traffic
 from vsparse.parallel.context import parse
 from vsparse.parallel.share import even
 
-Get = Callable[[], processes.Pool]
 BATCH, WIDTH, LAYERS, HEADS = 2, 16, 2, 5
 LATENT = 4 * 2 * 2  # channels of a token of the output
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import processes
 import pytest
 import rows
 import torch
+from processes import Get
 from same_training import (
     ALONE,
     FOUR,
@@ -28,7 +27,6 @@ from same_training import (
     ways,
 )
 
-Get = Callable[[], processes.Pool]
 _EVERY = {ALONE: ways(ALONE), SPREAD: ways(SPREAD), PAIR: shared_ways(PAIR), FOUR: shared_ways(FOUR)}
 _USUAL = {modes: rows.pairwise(_EVERY[modes]) for modes in (ALONE, SPREAD)}
 # Pairwise without the mode, and each mode once: eight rows would be too slow.
@@ -42,18 +40,6 @@ _USUAL[FOUR] = [
     ("wan", "", "shared+fsdp2", "vsa", "ring=2"),
     ("hunyuan_video", "after", "shared+ddp", "vsa", "ulysses=2"),
 ]
-
-
-@pytest.fixture(scope="session")
-def pool() -> Iterator[Get]:
-    with processes.pool() as get:
-        yield get
-
-
-@pytest.fixture(scope="session")
-def four() -> Iterator[Get]:
-    with processes.pool(4) as get:
-        yield get
 
 
 @pytest.mark.parametrize(

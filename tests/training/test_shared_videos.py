@@ -5,42 +5,33 @@ from __future__ import annotations
 import contextlib
 import dataclasses as dc
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import finetuning
-import processes
 import pytest
+import rows
 import torch
 from finetuning import lay, settings
 from host_law import MERGED, REORDERED, SelfAttention, merged, reordered
 from oracle import ulp_floor
+from processes import Get
 from safetensors.torch import load_file
 
+import vsparse
+from vsparse.parallel import ContextParallel
 from vsparse.training.data.cache import LatentCache
 from vsparse.training.files import PARTIAL
 from vsparse.training.finetune import finetune
+from vsparse.training.loop import Trainer, TrainSettings
+from vsparse.training.optimisers import OptimiserSettings
 from vsparse.training.source import Source
 
-Get = Callable[[], processes.Pool]
 TRAIN = 'steps = 4\nprecision = "fp32"\nsave_every = 2\nlog_every = 1\naverage = 0.9'
 SHARDED = f"{TRAIN.replace('average = 0.9', 'shard = true')}\naccumulate = 2"
 PROMPTS = 'prompts = ["a red circle"]\nheight = 32\nwidth = 32\nframes = 5\nsteps = 2'
 TEACHERS = "velocity = 0.5\nconsistency = 0.25\nsegments = 2\nteacher_steps = 4\nguidance = 3.0"
-
-
-@pytest.fixture(scope="session")
-def pool() -> Iterator[Get]:
-    with processes.pool() as get:
-        yield get
-
-
-@pytest.fixture(scope="session")
-def four() -> Iterator[Get]:
-    with processes.pool(4) as get:
-        yield get
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +148,35 @@ def test_a_run_that_is_shared_otherwise_is_not_resumed(pool: Get, ground: Path, 
     words = "context_parallel='ulysses=3' takes groups of 3 processes, and there are 2"
     assert all(words in one["refused"] for one in said), said
     assert not list((tmp_path / "three").glob("*"))
+
+
+def _refused(folder: str, shared: ContextParallel | None, told: str) -> str:
+    """What a loop says of a model whose videos are shared otherwise than its settings have it."""
+    model, _ = rows.build("wan")
+    if shared is not None:
+        vsparse.apply(model, "vsa", parallel=shared, **rows.METHODS["vsa"].sparse)
+    with pytest.raises(ValueError, match=r"^train: context_parallel=") as error:
+        Trainer(
+            model,
+            SimpleNamespace(),
+            settings=TrainSettings(steps=1, context_parallel=told),
+            optimiser=OptimiserSettings(),
+            folder=Path(folder),
+            identity={},
+        )
+    return str(error.value)
+
+
+def test_model_and_settings_share_alike(pool: Get, tmp_path: Path) -> None:
+    """Nothing would fail otherwise: gradients would be halved, or batches differ within a video."""
+    for shared, told in (
+        (None, "ulysses=2"),
+        (ContextParallel(ulysses=2, gradients="mean"), ""),
+        (ContextParallel(ulysses=2), "ulysses=2"),
+    ):
+        for said in pool().run(_refused, str(tmp_path), shared, told):
+            assert f"context_parallel={told!r}, but videos are shared by {shared or 'ulysses=1'}, gradients=" in said
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import processes
 import pytest
 import torch
+from processes import Get
 from safetensors.torch import load_file
 
-Get = Callable[[], processes.Pool]
 MODES = ("ddp", "fsdp2")
-
-
-@pytest.fixture(scope="session")
-def pool() -> Iterator[Get]:
-    with processes.pool() as get:
-        yield get
 
 
 def train(folder: str, mode: str, method: str, *, stop: int | None, accumulate: int) -> list[float]:

@@ -269,16 +269,10 @@ class DSVAttention(SparseAttention):
 
 def _loss(guess: Tensor, true: Tensor, cosine: float, call: Call) -> Tensor:
     """The predictor's loss, the mean over samples, heads and queries of ``[B, H, R, N]``, keys of all processes."""
-    tiny = torch.finfo(true.dtype).tiny
-    if call.share.shard is None:
-        size, wanted = (torch.linalg.vector_norm(x, dim=-1).clamp_min(tiny) for x in (guess, true))
-        along = (guess * true).sum(-1) / size / wanted
-    else:
-        sums = call.over_shards(
-            torch.stack([(a * b).sum(-1) for a, b in ((guess, guess), (true, true), (guess, true))]), once=True
-        )
-        size, wanted = (x.clamp_min(tiny).sqrt() for x in sums[:2])
-        along = sums[2] / size / wanted
+    products = torch.stack([(a * b).sum(-1) for a, b in ((guess, guess), (true, true), (guess, true))])
+    sums = call.over_shards(products, once=True)
+    size, wanted = sums[:2].clamp_min(torch.finfo(true.dtype).tiny).sqrt()
+    along = sums[2] / size / wanted
     loss: Tensor = cosine * (1.0 - along) + (1.0 - cosine) * (size / wanted - 1.0).square()
     return loss.mean()
 

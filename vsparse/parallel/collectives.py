@@ -74,25 +74,35 @@ class Board:
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self.round, self._talks = name, 0, 0
+        self.name = name
+        self._loop = self._round = self._talks = 0
+        self._said = ""
 
-    @property
-    def _key(self) -> str:
-        return f"vsparse/{self.name}/{self.round}"
+    def begin(self) -> None:
+        """A forward begins, or an `apply`: here as on the others, whatever they have not come to in the one before."""
+        self._round, self._talks = self._round + 1, 0
 
-    def write(self, cause: str) -> None:
-        """Say why this process stops; the first one that says so is heard."""
+    def leave(self) -> None:
+        """A loop of forwards ends: here as on the others, in whichever of them."""
+        self._loop, self._round, self._talks = self._loop + 1, 0, 0
+
+    def _key(self, ahead: int = 0) -> str:
+        return f"vsparse/{self.name}/{self._loop}/{self._round + ahead}"
+
+    def write(self, cause: str, *, ahead: int = 0) -> None:
+        """Say why this process stops, in this round and some that others may have begun; the first one is heard."""
         with contextlib.suppress(RuntimeError, ValueError):
             store = _store()
-            if not store.check([self._key]):
-                store.set(self._key, cause)
+            for key in map(self._key, range(ahead + 1)):
+                if not store.check([key]):
+                    store.set(key, cause)
 
     def read(self) -> str | None:
         """What was said in this round, None: nothing, or the store is gone as well."""
         with contextlib.suppress(RuntimeError, ValueError):
             store = _store()
-            if store.check([self._key]):
-                return str(store.get(self._key).decode())
+            if store.check([self._key()]):
+                return str(store.get(self._key()).decode())
         return None
 
     def exchange(self, rank: int, size: int, said: str) -> list[str]:
@@ -107,7 +117,7 @@ class Board:
         store, began = _store(), time.monotonic()
         limit = store.timeout.total_seconds()
         self._talks += 1
-        keys = [f"vsparse/{self.name}/said/{self._talks}/{process}" for process in range(size)]
+        keys = [f"{self._key()}/said/{self._talks}/{process}" for process in range(size)]
         store.set(keys[rank], said)
         while not store.check(keys):
             waited = time.monotonic() - began
@@ -118,7 +128,9 @@ class Board:
             time.sleep(min(0.05, waited / 10))
         found = [store.get(key).decode() for key in keys]
         # Everyone is past the talk before, and nobody asks for it again.
-        store.delete_key(f"vsparse/{self.name}/said/{self._talks - 1}/{rank}")
+        if self._said:
+            store.delete_key(self._said)
+        self._said = keys[rank]
         return found
 
 

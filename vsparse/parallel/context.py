@@ -175,7 +175,7 @@ def open_groups(setting: ContextParallel, device: torch.device) -> Groups:
             )
         found = _of_mesh(mesh)
     assert found.all.board is not None
-    found.all.board.round += 1  # what stopped somebody before is past
+    found.all.board.begin()  # what stopped somebody before is past
     scale = float(setting.size) if setting.gradients == "mean" else 1.0
     return dc.replace(found, how=setting.how, scale=scale)
 

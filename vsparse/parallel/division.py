@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses as dc
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -185,14 +186,26 @@ class Division:
         """A forward begins, here and elsewhere: what stopped an earlier one is past."""
         board = self.groups.all.board
         if board is not None:
-            board.round += 1
+            board.begin()
 
-    def failed(self, error: BaseException | None) -> None:
-        """Tell those who wait for this process that its forward has ended."""
+    def failed(self, error: BaseException | None, *, ahead: int = 0) -> None:
+        """Tell those who wait for this process why its forward has ended, or why some that are ahead will not come."""
         board = self.groups.all.board
         if board is not None and error is not None:
             rank = self.groups.all.rank
-            board.write(f"process {rank} of {self.groups.all.size}: {type(error).__name__}: {error}")
+            board.write(f"process {rank} of {self.groups.all.size}: {type(error).__name__}: {error}", ahead=ahead)
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """Around a loop of forwards, and of backwards between them: what ends it here is told to the others."""
+        try:
+            yield
+        except Exception as error:
+            self.failed(error, ahead=1)
+            raise
+        finally:
+            if self.groups.all.board is not None:
+                self.groups.all.board.leave()
 
     def share(self, layer: int, heads: int) -> Share:
         """What this process computes of an attention."""

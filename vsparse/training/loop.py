@@ -114,8 +114,8 @@ def _check_sharing(model: nn.Module, settings: TrainSettings) -> None:
     found = ContextParallel() if patch is None else patch.parallel
     if (found.size, found.size > 1 and found.gradients) != (settings.parallel.size, found.size > 1 and "mean"):
         raise ValueError(
-            f"train: context_parallel={settings.context_parallel!r}, and the model is patched with {found}, "
-            f"gradients={found.gradients!r}; patch it with parallel=settings.parallel"
+            f"train: context_parallel={settings.context_parallel!r}, but videos are shared by {found}, gradients="
+            f"{found.gradients!r}, in the model; vsparse.apply(..., parallel=settings.parallel) shares them alike"
         )
 
 
@@ -195,6 +195,11 @@ class Trainer:
             ValueError: the checkpoint belongs to another run. NotFiniteError: loss or gradient is NaN or infinite.
             OSError: a checkpoint could not be written.
         """
+        patch = patch_of(self.plain)
+        with contextlib.nullcontext() if patch is None else patch.telling():
+            self._run()
+
+    def _run(self) -> None:
         settings = self.settings
         first = self._resume()
         missed = bool(first) and self._validates(first) and not self._validated(first)
