@@ -47,7 +47,7 @@ def main() -> None:
             "balance": scaling.balance_figures(densities, seed=given.seed),
             "cases": rows,
         }
-        recall_report.write_text(given.out, recall_report.as_json(report))
+        recall_report.write_text(given.out, recall_report.as_rows(report))
     scaling_report.plot(given.image, json.loads(given.out.read_text()))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from vsparse.geometry import Grid
 from vsparse.measure import scaling, scaling_report
 from vsparse.measure.recall import kept_by
+from vsparse.measure.recall_report import as_rows
 from vsparse.measure.sharding import chosen_map
 from vsparse.measure.synthetic import structured_sample
 from vsparse.methods import get_method
@@ -117,3 +119,11 @@ def test_published_models_are_those_of_their_cards() -> None:
         "Wan 2.1 1.3B, 480p": (32_760, 12, 30),
     }
     assert dc.replace(scaling.MODELS[0]).head_dim == 128
+
+
+def test_the_file_of_figures_has_a_line_for_each_row(rows: list[dict[str, Any]]) -> None:
+    assert json.loads(as_rows({"cases": rows})) == json.loads(json.dumps({"cases": rows}))
+    for one in (rows[0]["splits"][0], rows[0]["predicted"]["PCIe 5"]["8"]):
+        assert json.dumps(one) in as_rows(rows)
+    text = (Path(__file__).resolve().parents[2] / "docs" / "scaling.json").read_text()
+    assert as_rows(json.loads(text)) == text
