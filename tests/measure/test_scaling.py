@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vsparse.geometry import Grid
-from vsparse.measure import scaling, scaling_report
+from vsparse.measure import machines, scaling, scaling_report
 from vsparse.measure.recall import kept_by
 from vsparse.measure.recall_report import as_rows
 from vsparse.measure.sharding import chosen_map
@@ -27,7 +27,6 @@ LINES = (
         name="nabla",
         method="nabla",
         options={"mass": 0.3, "window": (1, 1, 1), "tile": (1, 4, 4), "block": 16},
-        drawn=True,
     ),
 )
 
@@ -35,7 +34,7 @@ LINES = (
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
     maps = scaling.maps_of(LINES, SMALL)
-    clusters = scaling_report.clusters(dense=False)
+    clusters = machines.clusters(dense=False)
     return [scaling.case(line, SMALL, maps[line.name], clusters, gpus=(1, 2, 8)) for line in LINES]
 
 
@@ -94,7 +93,7 @@ def test_balance_figures() -> None:
 
 
 def test_assumptions_are_declared() -> None:
-    lines = scaling_report.assumed()
+    lines = machines.assumed()
     assert all("assumed: " in line for line in lines[:-1])
     for words in (
         "sparse attention: assumed: 30% of 989",
