@@ -154,7 +154,7 @@ def _both(
     if not pairs:
         raise ValueError(
             f"{gpus} GPUs cannot share {site.heads} heads and {tiles} tiles of {made.grid.video} tokens: give a number "
-            f"that is a product of at most {site.heads} and at most {tiles}"
+            f"that is one of at most {site.heads} times one of at most {tiles}"
         )
     told(f"making and searching heads of {method.key}: {made.grid.video:,} tokens")
     maps, words = layer_maps(method, made.grid, site, seed=seed)

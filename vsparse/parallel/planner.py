@@ -140,7 +140,8 @@ class Choice:
         table = require("rich.table", "cli").Table(title=title, title_justify="left", caption_justify="left")
         head = ("", "way", "ms a layer", *PARTS, "hidden", "GiB", "of the dense ring", "s in all")
         for column in head:
-            table.add_column(column, justify="left" if column in ("", "way") else "right")
+            words = column in ("", "way")
+            table.add_column(column, justify="left" if words else "right", no_wrap=words)
         for one in self.tried:
             mark = "*" if one is self.best else "" if one.memory <= self.memory else "too large"
             parts = [getattr(one, name) for name in ("seconds", *PARTS, "hidden")]
