@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from vsparse.measure import recall_report, scaling, scaling_report
+from vsparse.measure import machines, recall_report, scaling, scaling_report
 from vsparse.measure.demo import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,19 +35,19 @@ def main() -> None:
             with console.status(f"making and searching heads of {model.name}"):
                 maps = scaling.maps_of(scaling.LINES, model, seed=given.seed)
             for line in track(scaling.LINES, model.name, console=console, transient=True):
-                clusters = scaling_report.clusters(line.name == "dense")
+                clusters = machines.clusters(line.name == "dense")
                 rows.append(scaling.case(line, model, maps.pop(line.name), clusters))
         where = environment()
         report = {
             "command": "python scripts/plan_parallel.py" + (f" --seed {given.seed}" if given.seed else ""),
             "date": where["date"],
             "packages": {"torch": where["packages"]["torch"]},
-            "assumed": scaling_report.assumed(),
+            "assumed": machines.assumed(),
             "densities": [[round(x, 4) for x in row] for row in densities],
             "balance": scaling.balance_figures(densities, seed=given.seed),
             "cases": rows,
         }
-        recall_report.write_text(given.out, recall_report.as_json(report))
+        recall_report.write_text(given.out, recall_report.as_rows(report))
     scaling_report.plot(given.image, json.loads(given.out.read_text()))
 
 

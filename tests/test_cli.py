@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +17,14 @@ from typer.testing import CliRunner, Result
 from vsparse import cli
 from vsparse.measure import drawing
 from vsparse.measure.facts import facts
+from vsparse.measure.rates import LINKS
 from vsparse.measure.video import read_video
 from vsparse.methods import get_method, list_methods
+from vsparse.parallel.context import parse
 
 COMMANDS = ("demo", "generate", "plan", "methods", "doctor", "draw")
 MODEL = ["plan", "WanTransformer3DModel"]
+SIZE = ["--height", 128, "--width", 128, "--frames", 9]
 
 
 def run(*arguments: object) -> Result:
@@ -109,6 +114,37 @@ def test_plan_of_a_large_model_from_its_class_name() -> None:
         assert part in found
 
 
+def test_plan_chooses_for_several_gpus(tmp_path: Path) -> None:
+    size = ["--height", 256, "--width", 256, "--frames", 33, "--steps", 10]
+    result = run(*MODEL, "-m", "radial", *size, "--gpus", 8, "--links", "pcie5", "--gpu-memory", 24)
+    found = text(result)
+    assert result.exit_code == 0, result.output
+    for part in (
+        "8 x H100, PCIe 5: predicted, not measured",
+        "assumed: PCIe 5 x16, data sheet",
+        "map: static",
+        "10.80 GiB",
+    ):
+        assert part in found
+    (typed,) = re.findall(r"--context-parallel (\S+)", found)
+    assert parse(typed).size == 8
+    path = tmp_path / "rates.json"
+    link, rate = {"latency": 1e-5, "bandwidth": 1e9}, {"flops": 1e12, "overhead": 0.0, "memory": 1e11}
+    fitted: dict[str, object] = {kind: {**link, "origin": f"measured: {kind}"} for kind in LINKS}
+    fitted["attention"] = {**rate, "origin": "measured: attention"}
+    path.write_text(json.dumps({"format": 1, "device": "mine", "per_node": 8, "memory": 2**34, "fitted": fitted}))
+    result = run(*MODEL, "-m", "radial", *size, "--gpus", 16, "--rates", path)
+    assert result.exit_code == 0, result.output
+    found = text(result)
+    for part in (
+        "16 x mine: predicted",
+        "attention: measured: attention",
+        "between nodes, ring: measured: between_ring",
+    ):
+        assert part in found
+    assert "assumed" not in found
+
+
 def test_plan_honours_options_and_schedule(folder: Path) -> None:
     size = ["--height", 32, "--width", 32, "--frames", 5, "--steps", 10]
     options = ["-s", "density=0.5", "--dense-layers", 1, "--dense-steps", 0.5, "--search-at", "0.5,0.8"]
@@ -156,6 +192,14 @@ def test_draw_writes_a_layout_and_a_map(tmp_path: Path, monkeypatch: pytest.Monk
         ([*MODEL, "--height", 480], "missing: width, num_frames"),
         ([*MODEL, "--search-at", "often"], "--search-at must be shares such as 0.2,0.6"),
         (["plan", "nowhere/nothing"], "no such folder, and not found on the hub"),
+        ([*MODEL, "--gpus", 8], "--gpus needs --height, --width and --frames"),
+        ([*MODEL, "--rates", "r.json", "--links", "pcie5"], "--rates, --links needs --gpus"),
+        ([*MODEL, *SIZE, "--gpus", 8, "--links", "string"], "--links must be one of nvlink4, pcie5, got 'string'"),
+        ([*MODEL, *SIZE, "--gpus", 8, "--rates", "r.json"], "r.json: no such file; torchrun"),
+        ([*MODEL, *SIZE, "--gpus", 8, "--rates", "r.json", "--links", "pcie5"], "give it or --rates, not both"),
+        ([*MODEL, *SIZE, "--gpus", 8, "--gpu-memory", "nan"], "--gpu-memory must be a positive number of GiB"),
+        ([*MODEL, *SIZE, "--gpus", 8, "--gpu-memory", 1e-6, "-m", "dense"], "holds no way on 8 processes"),
+        ([*MODEL, *SIZE, "--gpus", 41, "-m", "svg2", "--steps", 9], "svg2 shares heads alone"),
         (["draw", "--grid", "5x4"], "--grid must be 3 whole numbers"),
         (["draw", "--layout", "spiral"], "--layout must be one of method, tile, raster"),
         (["draw", "--tile", "4x4x4"], "--tile goes with --layout tile"),

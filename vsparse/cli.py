@@ -16,10 +16,40 @@ try:
 except ImportError as missing:
     raise ImportError(f'the vsparse command needs typer and rich: pip install "vsparse[cli]" ({missing})') from missing
 
+from vsparse.cli_options import (
+    INSIDE,
+    SEE,
+    SPARSITY,
+    USE,
+    VIDEO,
+    AnyModel,
+    Batch,
+    DenseLayers,
+    DenseSteps,
+    Device,
+    Dtype,
+    Frames,
+    GpuMemory,
+    Gpus,
+    Guidance,
+    Height,
+    Lenient,
+    Links,
+    MethodKey,
+    Model,
+    Offload,
+    Rates,
+    SearchAt,
+    Seed,
+    Settings,
+    Shared,
+    Steps,
+    Width,
+)
+
 __all__ = ["app", "main"]
 
 P = ParamSpec("P")
-SEE, USE, INSIDE = "See it work", "Use it on your model", "Look inside"
 
 app = typer.Typer(
     name="vsparse",
@@ -108,35 +138,6 @@ def _progress() -> Progress:
     return Progress(*columns, console=console)
 
 
-SPARSITY, VIDEO, MACHINE = "Sparsity", "Video (default: the pipeline's own)", "Where it runs"
-MethodKey = Annotated[
-    str, typer.Option("--method", "-m", metavar="KEY", help="See `vsparse methods`.", rich_help_panel=SPARSITY)
-]
-Settings = Annotated[
-    list[str],
-    typer.Option(
-        "--set", "-s", metavar="NAME=VALUE", help="An option of the method; repeatable.", rich_help_panel=SPARSITY
-    ),
-]
-DenseSteps = Annotated[
-    float | None,
-    typer.Option(metavar="SHARE", min=0, max=1, help="Dense steps, from the start.", rich_help_panel=SPARSITY),
-]
-DenseLayers = Annotated[
-    int | None, typer.Option(metavar="N", min=0, help="Dense layers, from the first.", rich_help_panel=SPARSITY)
-]
-SearchAt = Annotated[
-    str | None,
-    typer.Option(metavar="SHARE,...", help="Steps at which maps are searched anew.", rich_help_panel=SPARSITY),
-]
-Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the noise.")]
-Height = Annotated[int | None, typer.Option(metavar="N", min=1, help="Pixels.", rich_help_panel=VIDEO)]
-Width = Annotated[int | None, typer.Option(metavar="N", min=1, help="Pixels.", rich_help_panel=VIDEO)]
-Frames = Annotated[int | None, typer.Option(metavar="N", min=1, help="Frames.", rich_help_panel=VIDEO)]
-Steps = Annotated[int | None, typer.Option(metavar="N", min=1, help="Denoising steps.", rich_help_panel=VIDEO)]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or hub name of a diffusers pipeline.")]
-
-
 # ---- see it work -------------------------------------------------------------------------------------------------
 
 
@@ -216,27 +217,13 @@ def generate(
     width: Width = None,
     frames: Frames = None,
     steps: Steps = None,
-    guidance: Annotated[float | None, typer.Option(metavar="X", help="Guidance scale.", rich_help_panel=VIDEO)] = None,
+    guidance: Guidance = None,
     fps: Annotated[int, typer.Option(metavar="N", min=1, help="Of the mp4.", rich_help_panel=VIDEO)] = 16,
-    dtype: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="float32, bfloat16 or float16; on CUDA bfloat16.", rich_help_panel=MACHINE),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 ...", rich_help_panel=MACHINE)
-    ] = None,
-    offload: Annotated[
-        bool, typer.Option("--offload", help="Keep idle parts in CPU memory.", rich_help_panel=MACHINE)
-    ] = False,
-    lenient: Annotated[
-        bool, typer.Option("--lenient", help="Where sparse cannot run, run dense and say so.", rich_help_panel=MACHINE)
-    ] = False,
-    context_parallel: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ulysses=N,ring=N", help="Share each video between processes of torchrun.", rich_help_panel=MACHINE
-        ),
-    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    offload: Offload = False,
+    lenient: Lenient = False,
+    context_parallel: Shared = None,
 ) -> None:
     """Generate videos with any diffusers pipeline, its attention made sparse.
 
@@ -327,9 +314,7 @@ def finetune(
 @app.command(rich_help_panel=USE)
 @plainly
 def plan(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder or hub name of a pipeline, or a transformer's class name.")
-    ],
+    model: AnyModel,
     method: MethodKey = "adaspa",
     settings: Settings = [],  # noqa: B006
     dense_steps: DenseSteps = None,
@@ -339,19 +324,24 @@ def plan(
     width: Width = None,
     frames: Frames = None,
     steps: Steps = None,
-    batch: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Samples per step; 2 for a pair of guidance.", rich_help_panel=VIDEO)
-    ] = 1,
+    batch: Batch = 1,
+    gpus: Gpus = None,
+    rates: Rates = None,
+    links: Links = None,
+    gpu_memory: GpuMemory = None,
 ) -> None:
     """Say what a method would do to a model, from its configuration alone: a 14B model is planned on a laptop.
 
     `vsparse plan WanTransformer3DModel --method vsa --height 480 --width 832 --frames 81 --steps 50`
+
+    With `--gpus 8` also how 8 GPUs would best share each video, by prediction.
     """
     import vsparse
-    from vsparse.measure import options, tables
+    from vsparse.measure import options, parallel_plan, tables
     from vsparse.measure.skeleton import skeleton
 
     chosen = options.method(method, settings)
+    several = options.several(gpus, rates, links, gpu_memory, sized=None not in (height, width, frames))
     _quiet()
     target = skeleton(model)
     schedule = options.schedule(chosen, dense_steps, dense_layers, search_at)
@@ -362,6 +352,14 @@ def plan(
         console.print(f"[red]not patched[/red] {name}: {'; '.join(why)}", highlight=False)
     if made.grid is None:
         console.print("Give --height, --width and --frames for density, FLOPs and state.")
+    if several is not None:
+        with console.status("") as status:
+            cluster = several.cluster(dense=made.kernel == "host")
+            choice = parallel_plan.choose_parallel(
+                made, cluster, several.gpus, batch=batch, gpu_memory=several.memory, told=status.update
+            )
+        console.print(choice.table())
+        console.print(f"--context-parallel {choice.setting}", highlight=False, soft_wrap=True)
 
 
 # ---- look inside -------------------------------------------------------------------------------------------------

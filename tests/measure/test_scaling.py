@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from vsparse.geometry import Grid
-from vsparse.measure import scaling, scaling_report
+from vsparse.measure import machines, scaling, scaling_report
 from vsparse.measure.recall import kept_by
+from vsparse.measure.recall_report import as_rows
 from vsparse.measure.sharding import chosen_map
 from vsparse.measure.synthetic import structured_sample
 from vsparse.methods import get_method
@@ -25,7 +27,6 @@ LINES = (
         name="nabla",
         method="nabla",
         options={"mass": 0.3, "window": (1, 1, 1), "tile": (1, 4, 4), "block": 16},
-        drawn=True,
     ),
 )
 
@@ -33,7 +34,7 @@ LINES = (
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
     maps = scaling.maps_of(LINES, SMALL)
-    clusters = scaling_report.clusters(dense=False)
+    clusters = machines.clusters(dense=False)
     return [scaling.case(line, SMALL, maps[line.name], clusters, gpus=(1, 2, 8)) for line in LINES]
 
 
@@ -92,7 +93,7 @@ def test_balance_figures() -> None:
 
 
 def test_assumptions_are_declared() -> None:
-    lines = scaling_report.assumed()
+    lines = machines.assumed()
     assert all("assumed: " in line for line in lines[:-1])
     for words in (
         "sparse attention: assumed: 30% of 989",
@@ -117,3 +118,11 @@ def test_published_models_are_those_of_their_cards() -> None:
         "Wan 2.1 1.3B, 480p": (32_760, 12, 30),
     }
     assert dc.replace(scaling.MODELS[0]).head_dim == 128
+
+
+def test_the_file_of_figures_has_a_line_for_each_row(rows: list[dict[str, Any]]) -> None:
+    assert json.loads(as_rows({"cases": rows})) == json.loads(json.dumps({"cases": rows}))
+    for one in (rows[0]["splits"][0], rows[0]["predicted"]["PCIe 5"]["8"]):
+        assert json.dumps(one) in as_rows(rows)
+    text = (Path(__file__).resolve().parents[2] / "docs" / "scaling.json").read_text()
+    assert as_rows(json.loads(text)) == text

@@ -248,6 +248,16 @@ def test_ranks_without_a_link_are_refused() -> None:
         predict(attention(8, 2), cluster(per_node=2), even_split(8, 2, 2, 2), "gather")
 
 
+def test_messages_of_a_ring_have_their_own_rate() -> None:
+    split = even_split(8, 2, 1, 4)
+    plain = cluster(flops=1e6)
+    apart = dc.replace(plain, inside_ring=Link(latency=0.0, bandwidth=0.25, origin="test"))
+    ring, gather = ([predict(attention(8, 2), x, split, how) for x in (plain, apart)] for how in ("ring", "gather"))
+    assert ring[1].blocks + ring[1].hidden == pytest.approx(4 * (ring[0].blocks + ring[0].hidden))
+    assert gather[0] == gather[1]
+    assert apart.assumptions()[2] == "inside a node, ring: test"
+
+
 # ---- what is chosen ----------------------------------------------------------------------------------------------
 
 
@@ -322,6 +332,9 @@ def test_table_says_what_it_is() -> None:
         assert words in text
     for one in found.tried:
         assert one.name in text
+    assert (found.split.ulysses, found.split.ring) == (found.best.ulysses, found.best.ring)
+    assert found.setting.size == 16
+    assert (found.setting.ulysses, found.setting.rows) == (found.best.ulysses, found.best.ring)
     assert "too large" in text
     assert sum(line.startswith("│ *") for line in text.splitlines()) == 1
     assert isinstance(found, Choice)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ast
+import dataclasses as dc
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from vsparse.measure.machines import INSIDE, assumed_cluster
+from vsparse.measure.rates import read_rates
 from vsparse.methods import Method, get_method
+from vsparse.parallel.rates import Cluster
 from vsparse.schedule import Schedule
 
-__all__ = ["method", "schedule", "settings", "sizes"]
+__all__ = ["Several", "method", "schedule", "settings", "several", "sizes"]
 
 
 def sizes(text: str, name: str) -> tuple[int, int, int]:
@@ -81,4 +86,48 @@ def schedule(chosen: Method, dense_steps: float | None, dense_layers: int | None
         dense_layers=published.dense_layers if dense_layers is None else dense_layers,
         search_at=searches,
         ramp=published.ramp,
+    )
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Several:
+    """Several GPUs as typed: how many, what is known of them, and bytes of each where these were given."""
+
+    gpus: int
+    rates: Cluster | None
+    links: str
+    memory: float | None
+
+    def cluster(self, *, dense: bool) -> Cluster:
+        """What was measured; else what is assumed, of full attention or of sparse."""
+        return self.rates or assumed_cluster(self.links, dense=dense)
+
+
+def several(
+    gpus: int | None, rates: Path | None, links: str | None, memory: float | None, *, sized: bool
+) -> Several | None:
+    """Several GPUs as typed, ``memory`` in GiB; None where nothing was.
+
+    Raises:
+        ValueError: an option that needs another, two that exclude each other, an unknown link, a memory that is not
+            positive, or as of `read_rates`.
+    """
+    given = {"--rates": rates, "--links": links, "--gpu-memory": memory}
+    if gpus is None:
+        if named := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"{', '.join(named)} needs --gpus, the number of GPUs that share a video")
+        return None
+    if not sized:
+        raise ValueError("--gpus needs --height, --width and --frames: what is best depends on the size of the video")
+    if rates is not None and links is not None:
+        raise ValueError("--links is assumed where nothing was measured: give it or --rates, not both")
+    if links is not None and links not in INSIDE:
+        raise ValueError(f"--links must be one of {', '.join(INSIDE)}, got {links!r}")
+    if memory is not None and not 0 < memory < float("inf"):
+        raise ValueError(f"--gpu-memory must be a positive number of GiB, got {memory!r}")
+    return Several(
+        gpus=gpus,
+        rates=None if rates is None else read_rates(rates),
+        links=links or next(iter(INSIDE)),
+        memory=None if memory is None else memory * 2**30,
     )

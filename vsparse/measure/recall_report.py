@@ -16,7 +16,18 @@ from vsparse.measure.demo import environment
 from vsparse.measure.figures import FAINT, INK, new_figure, save_figure
 from vsparse.optional import require
 
-__all__ = ["LEVELS", "as_json", "markdown", "plot", "recall_table", "record", "report", "summary", "write_text"]
+__all__ = [
+    "LEVELS",
+    "as_json",
+    "as_rows",
+    "markdown",
+    "plot",
+    "recall_table",
+    "record",
+    "report",
+    "summary",
+    "write_text",
+]
 
 LEVELS = (0.1, 0.2, 0.5)
 """Densities at which the tables read the lines."""
@@ -142,3 +153,25 @@ def write_text(path: Path, text: str) -> None:
 def as_json(value: object) -> str:
     """JSON with a line at the end."""
     return json.dumps(value, indent=1) + "\n"
+
+
+def as_rows(value: object) -> str:
+    """JSON with a line for each row: an object of plain figures, or a list of numbers, is not broken."""
+    return _broken(value, "") + "\n"
+
+
+def _broken(value: object, indent: str) -> str:
+    if not isinstance(value, dict | list) or _levels(value) < (3 if isinstance(value, dict) else 2):
+        return json.dumps(value)
+    deeper = indent + " "
+    named = value.items() if isinstance(value, dict) else ((None, x) for x in value)
+    parts = [("" if name is None else f"{json.dumps(name)}: ") + _broken(x, deeper) for name, x in named]
+    opens, closes = "{}" if isinstance(value, dict) else "[]"
+    return f"{opens}\n{deeper}" + f",\n{deeper}".join(parts) + f"\n{indent}{closes}"
+
+
+def _levels(value: object) -> int:
+    """How deep objects and lists stand in each other; 0 for a plain value."""
+    if not isinstance(value, dict | list):
+        return 0
+    return 1 + max((_levels(x) for x in (value.values() if isinstance(value, dict) else value)), default=0)

@@ -11,16 +11,14 @@ import torch
 
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid
-from vsparse.layouts import RasterLayout
 from vsparse.measure.capture import capture
 from vsparse.measure.drawing import PROMPT
 from vsparse.measure.embedded import EMBEDDED, embedded_pipeline
 from vsparse.measure.pipelines import generate
-from vsparse.measure.sharding import chosen_map
-from vsparse.measure.synthetic import structured_sample
+from vsparse.measure.sharding import chosen_map, fixed_map, layer_attention, made_samples
 from vsparse.methods import Method, Site, get_method
 from vsparse.parallel.balance import HeadBalance, assign_heads, heads_in_order, imbalance, least_imbalance
-from vsparse.parallel.planner import PARTS, Attention, Choice, choose, factorisations
+from vsparse.parallel.planner import PARTS, Choice, choose, factorisations
 from vsparse.parallel.rates import Cluster
 from vsparse.parallel.simulation import Split, simulate_all
 from vsparse.patch import apply
@@ -57,50 +55,39 @@ MODELS = (
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Line:
-    """A method with options, or full attention. ``drawn``: its map depends on the data, which is made here."""
+    """A method with options, or full attention."""
 
     name: str
     method: str
     options: Mapping[str, Any] = dc.field(default_factory=dict)
-    drawn: bool = False
 
 
 LINES = (
     Line(name="dense", method="dense"),
     Line(name="sta", method="sta", options={"window": (3, 3, 3)}),
     Line(name="radial", method="radial"),
-    Line(name="nabla", method="nabla", options={"mass": 0.4, "window": (11, 3, 3)}, drawn=True),
-    Line(name="sparge", method="sparge", options={"mass": 0.3, "similarity": 0.0}, drawn=True),
+    Line(name="nabla", method="nabla", options={"mass": 0.4, "window": (11, 3, 3)}),
+    Line(name="sparge", method="sparge", options={"mass": 0.3, "similarity": 0.0}),
 )
-
-_PORTION = 4  # heads that are made and searched at a time: local, periodic in time, global, mixed
-_WIDTH = 32  # of the heads that are made; the choice of blocks does not need all 128
-_GAINS = (2.8, 1.0, 8.0)  # of the queries, a portion of heads for each
 
 
 def maps_of(lines: Sequence[Line], model: Model, *, seed: int = 0) -> dict[str, list[BlockMap]]:
     """The maps of one layer by line; one head stands for all where they are alike.
 
-    Where the map depends on the data, this is made by `structured_sample` on the full grid: twelve heads in portions of
-    four (local, periodic, global, mixed), whose queries are multiplied by 2.8, 1 and 8, so that heads differ in density
-    as those of trained models do. Heads beyond twelve repeat them in turn.
+    Where the map depends on the data, it is searched in all of `made_samples` on the full grid: twelve heads that
+    differ in density as those of trained models do. Heads beyond twelve repeat them in turn.
     """
     found: dict[str, list[BlockMap]] = {}
-    site = Site.alone(heads=model.heads, head_dim=_WIDTH)
+    drawn = []
     for line in lines:
-        if line.method == "dense":
-            found[line.name] = [BlockMap.full(RasterLayout(model.grid, block=64).bind())]
-        elif not line.drawn:
-            method = _method(line, model)
-            static = method.static_map(method.layout(model.grid, site), site)
-            assert static is not None
-            found[line.name] = [static]
-    drawn = [line for line in lines if line.drawn]
-    for i, gain in enumerate(_GAINS if drawn else ()):
-        sample = structured_sample(model.grid, heads=_PORTION, width=_WIDTH, seed=seed + i)
-        sharper = dc.replace(sample, q=sample.q * gain)
+        fixed = fixed_map(_method(line, model), model.grid, _site(model))
+        if fixed is None:
+            drawn.append(line)
+        else:
+            found[line.name] = [fixed]
+    for sample in made_samples(model.grid, seed=seed) if drawn else ():
         for line in drawn:
-            found.setdefault(line.name, []).append(chosen_map(_method(line, model), sharper, layer=2))
+            found.setdefault(line.name, []).append(chosen_map(_method(line, model), sample, layer=2))
     return found
 
 
@@ -108,14 +95,8 @@ def _method(line: Line, model: Model) -> Method:
     return get_method(line.method)(**line.options, **model.options.get(line.method, {}))
 
 
-def _attention(line: Line, model: Model, maps: Sequence[BlockMap]) -> Attention:
-    choosing, pooled = 0.0, 0
-    if line.drawn:
-        method, site = _method(line, model), Site.alone(heads=model.heads, head_dim=model.head_dim)
-        choosing = method.search_flops(method.layout(model.grid, site), site, 1, "search")
-        pooled = maps[0].k.blocks
-    size = {"tokens": model.grid.video, "heads": model.heads, "head_dim": model.head_dim, "layers": model.layers}
-    return Attention(**size, choosing=choosing, pooled=pooled)
+def _site(model: Model) -> Site:
+    return Site.alone(heads=model.heads, head_dim=model.head_dim)
 
 
 def case(
@@ -132,7 +113,7 @@ def case(
         line: The method. model: the model. maps: of its heads (`maps_of`). clusters: by name. gpus: numbers of
             processes, 1 among them.
     """
-    attention = _attention(line, model, maps)
+    attention = layer_attention(_method(line, model), model.grid, _site(model), maps[0], layers=model.layers)
     density = torch.cat([one.density().expand(1, -1)[0] for one in maps])
     factors = {count: factorisations(count, model.heads) for count in gpus}
     together = list(dict.fromkeys(pair for found in factors.values() for pair in found))

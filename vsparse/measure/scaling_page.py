@@ -25,10 +25,10 @@ and times follow from formulas and from these assumptions:
 {assumed}
 
 Data sheets are upper bounds, for links above all. The order of two ways that lie within a tenth of each other means
-nothing. Measure your own rates (`fit_rate`, `fit_compute`) before you trust a choice. What the maps come from: `sta`
-(`window=(3, 3, 3)`) and `radial` are static. `nabla` (`mass=0.4`) and `sparge` (`mass=0.3`, `similarity=0.0`) searched
-twelve heads of known structure, made from a seed and of different sharpness; models with more heads repeat them.
-Trained models differ. Times are of the attention of one layer in a forward, bfloat16, one sample; projections and
+nothing. Measure your own rates before you trust a choice ([below](#for-a-run-of-your-own)). What the maps come from:
+`sta` (`window=(3, 3, 3)`) and `radial` are static. `nabla` (`mass=0.4`) and `sparge` (`mass=0.3`, `similarity=0.0`)
+searched twelve heads of known structure, made from a seed and of different sharpness; models with more heads repeat
+them. Trained models differ. Times are of the attention of one layer in a forward, bfloat16, one sample; projections and
 feed-forward layers, which scale with the tokens of a process, are not in them.
 
 ## The ways
@@ -249,23 +249,37 @@ times (ring) or twice (gather) the blocks.
 
 ## For a run of your own
 
-```python
-from vsparse.parallel.planner import Attention, choose, factorisations
-from vsparse.parallel.rates import Cluster, fit_compute, fit_rate
-from vsparse.parallel.simulation import simulate_all
-
-cluster = Cluster(
-    name="ours",
-    per_node=8,
-    memory=30e9,
-    rate=fit_compute(flops, seconds),
-    inside=fit_rate(sizes, times),
-    between=fit_rate(sizes, times_across),
-)
-splits = simulate_all(maps, factorisations(16, heads=40), heads=40)  # BlockMaps of one layer
-choice = choose(Attention(tokens=75_600, heads=40, head_dim=128, layers=40), cluster, splits)
-rich.print(choice.table())
+```sh
+torchrun --nproc-per-node 8 scripts/measure_rates.py --out rates.json
+vsparse plan ./my-wan --method vsa --height 720 --width 1280 --frames 81 --steps 50 --gpus 8 --rates rates.json
 ```
 
-The formulas, with the two printed ones that had to be corrected, stand in `vsparse/parallel/planner.py: predict`.
+The first measures, with as many processes as a node has GPUs: the exchanges that vsparse makes, of all with all and of
+one message to a neighbour; block-sparse attention by the kernel that runs; merging. Medians of nine repetitions, each
+the time of the slowest process, are fitted by a latency and a rate; the file holds every repetition, its words say how
+far the fit is off. Started on several nodes, it measures between them as well. All processes begin together after an
+exchange of a few bytes, so that a latency holds what is left of their unevenness.
+
+The second prints every way with its parts, the fastest that fits as `--context-parallel` takes it, and what all of it
+rests on. Without `--rates` that is the data sheets of this page (`--links nvlink4` or `pcie5`). One attention may hold
+half of what CUDA leaves of a GPU (`--gpu-memory`, in GiB). The map is the method's own where it is static; heads of
+`svg` take its two in turn. Else four heads of known structure are made and searched in some seconds, and the others
+repeat them; for `adaspa`, which searches by attending, and `dsv`, which chooses by what is trained, the largest
+products of block means stand in at their density. `vmoba`, `svg2` and `by_layer` share heads alone, which are taken to
+be alike. Dense steps and layers are not in it.
+
+```python
+from pathlib import Path
+
+import vsparse
+from vsparse.measure.parallel_plan import choose_parallel
+from vsparse.measure.rates import read_rates
+
+made = vsparse.plan(pipe, "vsa", height=720, width=1280, num_frames=81)
+choice = choose_parallel(made, read_rates(Path("rates.json")), 8)
+patch = vsparse.apply(pipe, "vsa", parallel=choice.setting)
+```
+
+Maps and rates of your own go into `vsparse.parallel.planner.choose` directly. The formulas, with the two printed ones
+that had to be corrected, stand in `vsparse/parallel/planner.py: predict`.
 """

@@ -1,4 +1,4 @@
-"""What a plan over several GPUs is drawn from and drawn as: the clusters that are assumed, and the picture."""
+"""The picture of docs/scaling.md."""
 
 from __future__ import annotations
 
@@ -8,45 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vsparse.measure.figures import ACCENT, FAINT, INK, new_figure, save_figure
-from vsparse.parallel.rates import NDR_400, NVLINK_4, PCIE_5, Cluster, assumed_rate
-from vsparse.training.predict import DEVICES
 
-__all__ = ["assumed", "clusters", "plot"]
-
-_H100 = next(device for device in DEVICES if device.name.startswith("H100"))
-_PER_NODE = 8
-_CALL = 20e-6  # seconds: a launch, and what a short kernel does not reach
-_BANDWIDTH = 3.35e12  # bytes per second, data sheet of the H100 SXM
-_HALF = 0.5  # of the memory of a GPU for one attention; the rest is for weights and the rest of the model
-
-
-def clusters(dense: bool) -> dict[str, Cluster]:
-    """Nodes of eight H100 with NVLink 4 or PCIe 5 inside and InfiniBand between, by name; all of it assumed.
-
-    Args:
-        dense: The rate of full attention; else that of sparse attention.
-    """
-    share = _H100.efficiency if dense else _H100.sparse
-    rate = assumed_rate("the H100", _H100.peak, share, overhead=_CALL, memory=_BANDWIDTH)
-    memory = _HALF * (1 - _H100.spare) * _H100.memory
-    return {
-        name: Cluster(
-            name=f"H100, {name}", per_node=_PER_NODE, memory=memory, rate=rate, inside=inside, between=NDR_400
-        )
-        for name, inside in (("NVLink 4", NVLINK_4), ("PCIe 5", PCIE_5))
-    }
-
-
-def assumed() -> list[str]:
-    """Every assumption of `clusters`, a line each."""
-    lines = []
-    for dense in (False, True):
-        for cluster in clusters(dense).values():
-            attention, *links = cluster.assumptions()
-            lines += [f"{'full' if dense else 'sparse'} {attention}", *links]
-    lines.append(f"nodes of {_PER_NODE} GPUs; {clusters(False)['PCIe 5'].memory / 2**30:.0f} GiB for one attention")
-    return list(dict.fromkeys(lines))
-
+__all__ = ["plot"]
 
 _STYLES = {
     "chosen": {"color": ACCENT, "marker": "o", "linewidth": 2.2, "markersize": 5, "zorder": 4},

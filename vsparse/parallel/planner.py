@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from vsparse.optional import require
+from vsparse.parallel.context import ContextParallel
 from vsparse.parallel.rates import Cluster
 from vsparse.parallel.simulation import Split, hop
 
@@ -108,15 +109,26 @@ class Choice:
     """Every way that was tried, and the fastest that fits.
 
     Args:
-        best: The fastest of ``tried`` whose memory fits. tried: all, fastest first. memory: bytes that were the bound.
+        best: The fastest of ``tried`` whose memory fits. split: its heads and tokens. tried: all, fastest first.
+        memory: bytes that were the bound.
         attention, cluster: What it was predicted for.
+        notes: What else it was predicted from, in words that the table prints.
     """
 
     best: Prediction
+    split: Split
     tried: tuple[Prediction, ...]
     memory: float
     attention: Attention
     cluster: Cluster
+    notes: tuple[str, ...] = ()
+
+    @property
+    def setting(self) -> ContextParallel:
+        """The best way as `apply` takes it; ``str`` of it is what ``--context-parallel`` takes."""
+        one = self.best
+        shards = {how: one.ring if one.how == how else 1 for how in ("ring", "gather")}
+        return ContextParallel(ulysses=one.ulysses, ring=shards["ring"], gather=shards["gather"])
 
     def table(self) -> Any:
         """A rich table with every way and its parts in milliseconds; its caption states what was assumed."""
@@ -128,7 +140,8 @@ class Choice:
         table = require("rich.table", "cli").Table(title=title, title_justify="left", caption_justify="left")
         head = ("", "way", "ms a layer", *PARTS, "hidden", "GiB", "of the dense ring", "s in all")
         for column in head:
-            table.add_column(column, justify="left" if column in ("", "way") else "right")
+            words = column in ("", "way")
+            table.add_column(column, justify="left" if words else "right", no_wrap=words)
         for one in self.tried:
             mark = "*" if one is self.best else "" if one.memory <= self.memory else "too large"
             parts = [getattr(one, name) for name in ("seconds", *PARTS, "hidden")]
@@ -136,7 +149,7 @@ class Choice:
             figures = [f"{1e3 * x:.3g}" for x in parts]
             in_all = f"{one.seconds * a.layers:.3g}"
             table.add_row(mark, one.name, *figures, f"{one.memory / 2**30:.2f}", share, in_all)
-        table.caption = "\n".join(self.cluster.assumptions())
+        table.caption = "\n".join((*self.cluster.assumptions(), *self.notes))
         return table
 
 
@@ -276,7 +289,9 @@ def choose(
             f"choose: memory of {bound / 2**30:.2f} GiB holds no way on {counts[0]} processes; the smallest, "
             f"{least.name}, needs {least.memory / 2**30:.2f} GiB"
         )
-    return Choice(best=fits[0], tried=tuple(tried), memory=bound, attention=attention, cluster=cluster)
+    best = fits[0]
+    split = next(split for split in splits if (split.ulysses, split.ring) == (best.ulysses, best.ring))
+    return Choice(best=best, split=split, tried=tuple(tried), memory=bound, attention=attention, cluster=cluster)
 
 
 def _ways(ring: int) -> tuple[How, ...]:
@@ -320,8 +335,9 @@ def _ring(cluster: Cluster, flops: Tensor, arrived: Tensor, merge: float) -> tup
         compute.append(cluster.rate.seconds(float(hop(flops, i).max())))
         if i:
             ways = ((u, s, (s + i) % R) for u in range(U) for s in range(R))
-            times = [cluster.link(s * U + u, t * U + u).seconds(float(arrived[u, s, t])) for u, s, t in ways]
-            transfer.append(max(times))
+            transfer.append(
+                max(cluster.link(s * U + u, t * U + u, ring=True).seconds(float(arrived[u, s, t])) for u, s, t in ways)
+            )
     used = [0, *(i for i in range(1, R) if transfer[i])]
     busy = [compute[i] + (merge if i else 0.0) for i in used]
     slowest, merging = sum(compute[i] for i in used), merge * (len(used) - 1)

@@ -103,6 +103,7 @@ class Cluster:
         name: For tables. per_node: GPUs of a node. memory: bytes that attention may hold on one of them: what is left
             beside weights and the rest of the model.
         rate: Of attention. inside: link between GPUs of a node. between: of one GPU to another node; None: one node.
+        inside_ring, between_ring: The same for a message to one neighbour, as a ring sends it; None: as for the others.
 
     Raises:
         ValueError: a node without GPUs, memory that is not positive.
@@ -114,31 +115,42 @@ class Cluster:
     rate: Rate
     inside: Link
     between: Link | None = None
+    inside_ring: Link | None = None
+    between_ring: Link | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.per_node, bool) or not isinstance(self.per_node, int) or self.per_node < 1:
             raise ValueError(f"Cluster: per_node must be an integer >= 1, got {self.per_node!r}")
         _check("Cluster", "memory", self.memory)
 
-    def link(self, here: int, there: int) -> Link:
+    def link(self, here: int, there: int, *, ring: bool = False) -> Link:
         """Between two ranks.
+
+        Args:
+            ring: For a message of a ring; else for a part of an exchange between all of a group.
 
         Raises:
             ValueError: they are in two nodes, and there is no link between nodes.
         """
         if here // self.per_node == there // self.per_node:
-            return self.inside
+            return (self.inside_ring if ring else None) or self.inside
         if self.between is None:
             raise ValueError(
                 f"{self.name}: ranks {here} and {there} are in two nodes of {self.per_node}, but the link between "
                 "nodes is None; give between="
             )
-        return self.between
+        return (self.between_ring if ring else None) or self.between
 
     def assumptions(self) -> list[str]:
         """Where the figures come from, a line each."""
-        lines = [f"attention: {self.rate.origin}", f"inside a node: {self.inside.origin}"]
-        return lines + ([f"between nodes: {self.between.origin}"] if self.between else [])
+        links = {
+            "inside a node": self.inside,
+            "inside a node, ring": self.inside_ring,
+            "between nodes": self.between,
+            "between nodes, ring": self.between_ring,
+        }
+        found = [f"{name}: {link.origin}" for name, link in links.items() if link is not None]
+        return [f"attention: {self.rate.origin}", *found]
 
 
 def fit_rate(sizes: Sequence[float], seconds: Sequence[float]) -> Link:

@@ -16,10 +16,10 @@ from vsparse.parallel.collectives import Group, note_traffic
 from vsparse.parallel.needs import Needs, Shards, places, submap
 from vsparse.parallel.parts import Places, attend_part, attend_part_backward, chosen_places, kept_map
 
-__all__ = ["RingAttention"]
+__all__ = ["Flight", "RingAttention"]
 
 
-class _Flight:
+class Flight:
     """A message to one process and one from another, on their way; neither is sent where it would be empty."""
 
     def __init__(self, group: Group, leaving: Tensor, to: int, coming: Tensor, source: int, what: str) -> None:
@@ -95,15 +95,15 @@ class _Ring:
                 flight = self._fetch(exchange + 1)
             yield part
 
-    def send_home(self, exchange: int, gradients: Tensor) -> _Flight:
+    def send_home(self, exchange: int, gradients: Tensor) -> Flight:
         """Send the gradients of what an exchange brought, and receive those of `lent`."""
         coming = self._room(self.needs.amounts.sent[self.asking(exchange)])
-        return _Flight(self.shards.group, gradients, self.asked(exchange), coming, self.asking(exchange), "gradients")
+        return Flight(self.shards.group, gradients, self.asked(exchange), coming, self.asking(exchange), "gradients")
 
-    def _fetch(self, exchange: int) -> _Flight:
+    def _fetch(self, exchange: int) -> Flight:
         leaving = self.lent(exchange).take(self.k, self.v, self.blocks.k.block)
         coming = self._room(self.needs.amounts.fetched[self.asked(exchange)])
-        return _Flight(self.shards.group, leaving, self.asking(exchange), coming, self.asked(exchange), "blocks")
+        return Flight(self.shards.group, leaving, self.asking(exchange), coming, self.asked(exchange), "blocks")
 
     def _room(self, amount: int) -> Tensor:
         return self.k.new_empty(2, amount, self.blocks.k.block, self.k.shape[-1])
@@ -153,7 +153,7 @@ class RingAttention(torch.autograd.Function):
         needs = Needs(mine=mine, asked=asked, amounts=ctx.amounts)
         ring = _Ring(k=k, v=v, blocks=ctx.map.map(tensors), shards=ctx.shards, needs=needs)
         dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
-        homeward: _Flight | None = None
+        homeward: Flight | None = None
         for part in ring.parts():
             part_dq, part_dk, part_dv = attend_part_backward(grad, q, part.k, part.v, out, lse, part.blocks, ctx.scale)
             dq += part_dq
