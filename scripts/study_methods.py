@@ -1,8 +1,8 @@
 """What each method costs in quality on the embedded model: `make study`; writes out/study/.
 
-Dense, then every method at density 0.5 and 0.25, training-free and after a short fine-tune of everything: loss on
-held-out clips, adherence of generated ones to their prompts, PSNR and SSIM to dense, recall. A run that was stopped
-goes on; hours on two cores.
+Dense, then every method at density 0.5 and 0.25, training-free and after a short fine-tune of everything to what the
+dense model predicts: loss on held-out clips, adherence of generated ones to their prompts, PSNR and SSIM to dense,
+recall. A run that was stopped goes on; hours on two cores.
 """
 
 from __future__ import annotations

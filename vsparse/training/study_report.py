@@ -30,15 +30,14 @@ HEAD = (
 
 
 def closed(row: Row, rows: Sequence[Row]) -> float | None:
-    """Share of the loss gap that training-free sparsity opened and the fine-tune closed, each against the dense model
-    after as many steps; None for rows without a fine-tune, or where nothing was opened.
+    """Share of the loss gap between the dense model and the training-free sparse one that the fine-tune closed; None
+    for rows without a fine-tune, or where no gap was opened.
     """
-    dense = {x.tuned: x.loss for x in rows if x.method == "dense"}
-    free = [x for x in rows if (x.method, x.asked, x.tuned) == (row.method, row.asked, False)]
-    if not row.tuned or row.method == "dense" or not free or free[0].loss <= dense[False]:
+    dense = next(x.loss for x in rows if x.method == "dense")
+    free = [x.loss for x in rows if (x.method, x.asked, x.tuned) == (row.method, row.asked, False)]
+    if not row.tuned or not free or free[0] <= dense:
         return None
-    opened = free[0].loss - dense[False]
-    return 1.0 - (row.loss - dense[True]) / opened
+    return (free[0] - row.loss) / (free[0] - dense)
 
 
 def _cells(rows: Sequence[Row]) -> list[list[str]]:
@@ -76,16 +75,14 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def plot(path: str | os.PathLike[str], rows: Sequence[Row]) -> Path:
-    """Held-out loss of each method: an open mark training-free, a filled one after the fine-tune, dense as lines."""
+    """Held-out loss of each method: an open mark training-free, a filled one after the fine-tune, dense as a line."""
     names = list(dict.fromkeys((row.method, row.asked) for row in rows if row.method != "dense"))
     width, height = 7.5, 1.3 + 0.34 * len(names)
     figure = new_figure(width, height)
     axis = figure.add_axes((0.2, 0.55 / height, 0.76, 1 - 1.25 / height))
     for row in rows:
         if row.method == "dense":
-            style = (0, (1, 2)) if not row.tuned else "-"
-            label = "dense, as it ships" if not row.tuned else "dense, as many steps more"
-            axis.axvline(row.loss, color=FAINT, linewidth=1, linestyle=style, label=label)
+            axis.axvline(row.loss, color=FAINT, linewidth=1, label="dense")
     for place, (method, asked) in enumerate(names):
         mine = {row.tuned: row.loss for row in rows if (row.method, row.asked) == (method, asked)}
         if len(mine) == 2:
