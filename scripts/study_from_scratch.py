@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from vsparse.measure.recall_report import as_json, write_text
+from vsparse.measure.demo import environment
+from vsparse.measure.recall_report import as_json, record, write_text
 from vsparse.patch import apply
 from vsparse.schedule import Schedule
 from vsparse.training.embedded import build_transformer
@@ -60,6 +61,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=25, help="steps between two points of a curve")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--record", type=Path, metavar="FILE", help="also put the curves into docs/measured.json")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="where the picture goes (default: with the runs)")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     console = Console()
@@ -73,7 +76,9 @@ def main() -> None:
                 folder = given.out / f"{method}-{seed}"
                 runs.setdefault(name, []).append(train(ground, folder, method, seed, given.steps, given.every))
     write_text(given.out / "curves.json", as_json(runs))
-    curves(given.out / "curves.png", runs)
+    curves(given.image or given.out / "curves.png", runs)
+    if given.record:
+        record(given.record, "scratch", {"environment": environment(), "steps": given.steps, "curves": runs})
     for name, seeds in runs.items():
         console.print(f"{name}: held-out loss at the end {', '.join(f'{run[-1][1]:.4f}' for run in seeds)}")
 

@@ -8,12 +8,14 @@ recall. A run that was stopped goes on; hours on two cores.
 from __future__ import annotations
 
 import argparse
+import dataclasses as dc
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from vsparse.measure.recall_report import write_text
+from vsparse.measure.demo import environment
+from vsparse.measure.recall_report import record, write_text
 from vsparse.training.study import SUBJECTS, Study
 from vsparse.training.study_report import markdown, plot, table
 
@@ -27,6 +29,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=24, help="held-out prompts to generate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--record", type=Path, metavar="FILE", help="also put the rows into docs/measured.json")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="where the picture goes (default: with the rows)")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     given.out.mkdir(parents=True, exist_ok=True)
@@ -37,8 +41,11 @@ def main() -> None:
         rows = study.rows(chosen, lambda name: status.update(name))
     console.print(table(rows))
     write_text(given.out / "table.md", markdown(rows))
-    plot(given.out / "loss.png", rows)
-    console.print(f"written: {given.out}/table.md, loss.png, one JSON file a row", highlight=False)
+    image = plot(given.image or given.out / "loss.png", rows)
+    if given.record:
+        report = {"environment": environment(), "steps": given.steps, "clips": len(study.wanted), "seed": given.seed}
+        record(given.record, "study", {**report, "rows": [dc.asdict(row) for row in rows]})
+    console.print(f"written: {given.out}/table.md, {image}, one JSON file a row", highlight=False)
 
 
 if __name__ == "__main__":
