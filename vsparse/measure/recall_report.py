@@ -140,7 +140,7 @@ def _rounded(value: float | None) -> float | None:
 def record(path: Path, name: str, found: Mapping[str, Any]) -> None:
     """Put a section of figures into a JSON file of several."""
     known = json.loads(path.read_text()) if path.is_file() else {}
-    write_text(path, as_json({**known, name: found}))
+    write_text(path, as_rows({**known, name: found}))
 
 
 def write_text(path: Path, text: str) -> None:
