@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import compiling
 import rows
 import torch
 import torch.distributed as dist
@@ -32,6 +33,8 @@ class Case:
         host, method: Rows of `rows`. parallel: how many processes in which roles. heads: of the host. options: of the
             method, None: those of its row. grid, batch: of the video. checkpointing: of activations.
         order: Of diffusers' own `enable_parallelism`, "before" or "after" the patch; None: vsparse divides by itself.
+        compiled: Of what the processes run, one of `compiling.WAYS`, the backend, and when: "before" or "after" the
+            patch. None: nothing.
     """
 
     host: str
@@ -43,6 +46,7 @@ class Case:
     batch: int = 2
     checkpointing: bool = False
     order: str | None = None
+    compiled: tuple[str, str, str] | None = None
 
     @property
     def given(self) -> Mapping[str, Any]:
@@ -60,7 +64,10 @@ def _compared(case: Case, phase: str) -> float:
     alone = _run(case, phase, torch.float64, None, with_grad)
     shared = _run(case, phase, torch.float64, case.parallel, with_grad)
     stock = {dtype: _stock(case, dtype, with_grad) for dtype in (torch.float64, torch.float32)}
-    assert alone.keys() == shared.keys()
+    idle = shared.keys() - alone.keys()
+    # A compiler gives zeros where nothing asks for a gradient.
+    assert alone.keys() <= shared.keys(), alone.keys() - shared.keys()
+    assert not any(bool(shared[name].any()) for name in idle) if case.compiled else not idle, idle
     scale = {name: _distance(stock[torch.float32][name], x) for name, x in stock[torch.float64].items()}
     worst = 0.0
     for name, wanted in alone.items():
@@ -91,15 +98,21 @@ def _run(case: Case, phase: str, dtype: torch.dtype, parallel: ContextParallel |
     if by_diffusers and case.order == "before":
         enable_parallelism(model, case.parallel)
     own = None if by_diffusers else parallel
-    with rows.randomise(vsparse.apply(model, case.method, parallel=own, **case.given)) as patch:
+    way, backend, when = case.compiled if case.compiled and parallel else ("", "", "")
+    host: Any = compiling.compiled(model, way, backend) if when == "before" else model
+    if when == "before":
+        rows.forward(host, values)  # what was compiled for the stock model must not be used again
+    with rows.randomise(vsparse.apply(host, case.method, parallel=own, **case.given)) as patch:
         if by_diffusers and case.order == "after":
             enable_parallelism(model, case.parallel)
         model.train(with_grad)
         if case.checkpointing:
             model.enable_gradient_checkpointing()
+        if when == "after":
+            host = compiling.compiled(model, way, backend)
 
         def call() -> Tensor:
-            outputs = rows.walk(patch, phase, lambda branch, step: model(**values)[0], ["cond"])
+            outputs = rows.walk(patch, phase, lambda branch, step: host(**values)[0], ["cond"])
             return outputs[0]
 
         return _collect(model, call, patch, with_grad)

@@ -358,6 +358,7 @@ def _build(host: HostAdapter, method: Method, schedule: Schedule, claim: Claim) 
 
 def patch_of(model: nn.Module) -> Patch | None:
     """The patch of a model, or None. A deepcopy of a patched model is patched, too, with a patch of its own."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     runtime = getattr(model, "__dict__", {}).get(_ATTRIBUTE)
     if runtime is None:
         return None

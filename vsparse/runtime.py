@@ -26,7 +26,7 @@ from vsparse.reasons import grid_reasons, kernel_reasons
 from vsparse.schedule import Phase, Schedule
 from vsparse.state import Version
 from vsparse.steps import Tracker, Where
-from vsparse.wrapping import unreduced
+from vsparse.wrapping import refuse_fullgraph, unreduced
 
 __all__ = ["Reading", "Runtime"]
 
@@ -115,11 +115,21 @@ class Runtime:
         self._now: tuple[Where, str, _Record, Tensor | float] | None = None
         self._seen: tuple[object, int | None, dict[str, int]] | None = None
         self._form: tuple[Grid, int] | None = None
+        # Made here, because the decorator imports a compiler; on plain functions, which copies of a model may share.
+        why = "vsparse prepares each forward on the host; use fullgraph=False, or compile the blocks of the model"
+        self._uncompiled = [torch.compiler.disable(x, reason=why) for x in (Runtime._before, Runtime._after)]
 
     # ---- hooks ----------------------------------------------------------------------------------------------------
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the root."""
+        self._uncompiled[0](self, module, args, kwargs)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Forward hook of the root; runs after an exception, too."""
+        self._uncompiled[1](self, output)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         me = threading.current_thread()
         # An interrupt (Ctrl-C) tears a forward away without its hooks; then its thread is this one, or gone.
         if self._owner is not None and self._owner is not me and self._owner.is_alive():
@@ -137,8 +147,7 @@ class Runtime:
             self._release()
             raise
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Forward hook of the root; runs after an exception, too."""
+    def _after(self, output: Any) -> None:
         if self._owner is not threading.current_thread():
             return
         now, failed = self._now, output is None
@@ -157,8 +166,6 @@ class Runtime:
         for site in self.sites:
             site.hidden = None
         self._owner = self._now = None
-
-    # ---- before ---------------------------------------------------------------------------------------------------
 
     def _refuse_overlooked(self) -> None:
         """Refuse to train what DDP would not average; it can only be seen while its forward runs."""
@@ -188,6 +195,8 @@ class Runtime:
         bound = []
         if self.sites:
             self.division.follow(self.parallel(module), self.sites[0].site.heads, reading.device)
+        if not self.division.alone:
+            refuse_fullgraph(module)
         layouts = [self._layout(reading.grid, site, reading.device) for site in self.sites]
         movable = all(site.state.empty for site in self.sites)
         self.division.begin(reading.grid, reading.batch, reading.device, layouts, movable=movable)
@@ -340,8 +349,6 @@ class Runtime:
         torch._dynamo.maybe_mark_dynamic(trim, 0)
         return trim
 
-    # ---- after ----------------------------------------------------------------------------------------------------
-
     def _commit(self, where: Where, branch: str, record: _Record, dense: Tensor | float) -> None:
         for name, (heads, why) in self.skipped.items():
             self.fallbacks[f"{name}: {why}"] += 1
@@ -366,8 +373,6 @@ class Runtime:
                 self.dense_pairs = self.dense_pairs + record.dense(site, dense)
             if phase in site.method.state_phases:
                 site.state.commit(_key(site, branch), where.step)
-
-    # ---- everything else ------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Drop the state of all sites; the next call starts a generation."""

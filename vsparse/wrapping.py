@@ -1,4 +1,4 @@
-"""Models spread over processes (DDP, FSDP2): what a wrapper has overlooked, and whole values of what is sharded.
+"""What others have put around a model: DDP and FSDP2, what they overlook, whole values of what is sharded; a compiler.
 
 Wrappers average and shard the parameters that they find when they wrap. Those that `apply` adds later would train on
 each process by themselves, without an error; so the order is `apply`, then the wrapper, and the other one is refused.
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["copy_whole", "is_sharded", "unreduced", "whole", "writes"]
+__all__ = ["copy_whole", "is_sharded", "refuse_fullgraph", "unreduced", "whole", "writes"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -51,3 +51,25 @@ def copy_whole(target: Tensor, value: Tensor) -> None:
         value = distribute_tensor(value.to(into.device), into.device_mesh, into.placements)
     with torch.no_grad():
         into.copy_(value)
+
+
+def refuse_fullgraph(module: nn.Module) -> None:
+    """Refuse parts of a divided model that were compiled into one graph; where torch hides it, its own error follows.
+
+    Raises:
+        ValueError: naming the parts.
+    """
+    names = [name or type(part).__name__ for name, part in module.named_modules() if _is_fullgraph(part)]
+    if names:
+        raise ValueError(
+            "context parallel: fullgraph must be False (as torch.compile and compile_repeated_blocks have it) where "
+            f"processes share a video, got True for {', '.join(names)}; they exchange tensors inside the attention "
+            "modules, which no graph holds"
+        )
+
+
+def _is_fullgraph(part: nn.Module) -> bool:
+    """Of ``part.compile()`` and ``torch.compile(part)``: torch keeps the argument with the compiled function alone."""
+    cells = getattr(part._compiled_call_impl, "__closure__", None) or ()
+    contexts = [getattr(part, "dynamo_ctx", None), *(cell.cell_contents for cell in cells)]
+    return any(getattr(x, "fullgraph", None) is True for x in contexts)

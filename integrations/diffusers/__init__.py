@@ -68,8 +68,12 @@ def _check_version() -> None:
 
 
 def roots(target: object) -> list[Root] | None:
-    """Video transformers of a pipeline, or the transformer itself; None when the target is nothing of diffusers."""
+    """Video transformers of a pipeline, or the transformer itself; None when the target is nothing of diffusers.
+
+    What ``torch.compile`` has put around a transformer is seen through: it runs the transformer and its hooks.
+    """
     _check_version()
+    target = getattr(target, "_orig_mod", target)
     if isinstance(target, nn.Module):
         host = host_of(target)
         return None if host is None else [_root("transformer", target, host)]
@@ -77,7 +81,8 @@ def roots(target: object) -> list[Root] | None:
     if not isinstance(components, Mapping):
         return None
     seen: dict[int, Root] = {}
-    for name, module in components.items():
+    for name, component in components.items():
+        module = getattr(component, "_orig_mod", component)
         if isinstance(module, nn.Module) and id(module) not in seen and (host := host_of(module)) is not None:
             seen[id(module)] = _root(name, module, host)
     return list(seen.values()) or None

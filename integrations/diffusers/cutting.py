@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vsparse.parallel.context import ContextParallel
@@ -34,7 +35,7 @@ def attach(root: nn.Module, host: Host, division: Division) -> Callable[[], None
     for place in host.cuts:
         for module in (x for name, x in named.items() if re.fullmatch(place.path, name)):
             if place.inputs:
-                hook = _Inputs(division, place.inputs)
+                hook = _Inputs(division, module, place.inputs)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             if place.output is not None:
                 handles.append(module.register_forward_hook(_Output(division, place.output)))
@@ -90,19 +91,24 @@ def withdraw_plan(root: nn.Module) -> None:
         )
 
 
-class _Inputs:
-    def __init__(self, division: Division, inputs: Mapping[str, int]) -> None:
-        self.division, self.inputs = division, inputs
+# The last of them exchanges tensors, and under `torch.compile` a hook in a graph would be one more graph.
+_uncompiled = torch.compiler.disable(reason="context parallel: tokens of several processes are cut and joined here")
 
+
+class _Inputs:
+    def __init__(self, division: Division, module: nn.Module, inputs: Mapping[str, int]) -> None:
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        self.division = division
+        self.inputs = [(name, names.index(name) if name in names else None, dim) for name, dim in inputs.items()]
+
+    @_uncompiled
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.division.cut is None:
             return None
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
         given = list(args)
         kwargs = dict(kwargs)
-        for name, dim in self.inputs.items():
-            place = names.index(name) if name in names else len(given)
-            if place < len(given):
+        for name, place, dim in self.inputs:
+            if place is not None and place < len(given):
                 given[place] = _cut(self.division, given[place], dim)
             elif name in kwargs:
                 kwargs[name] = _cut(self.division, kwargs[name], dim)
@@ -113,6 +119,7 @@ class _Output:
     def __init__(self, division: Division, dim: int) -> None:
         self.division, self.dim = division, dim
 
+    @_uncompiled
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return _cut(self.division, output, self.dim)
 
@@ -121,6 +128,7 @@ class _Joined:
     def __init__(self, division: Division) -> None:
         self.division = division
 
+    @_uncompiled
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         cut = self.division.cut
         return output if cut is None else cut.whole(output, 1)

@@ -60,6 +60,24 @@ def _leave(attn: nn.Module) -> None:
         site.ran = True
 
 
+def _run(self: Any, attn: nn.Module, hidden_states: Tensor, *rest: Any) -> Any:
+    _enter(attn, hidden_states)
+    out = self._stock_call(attn, hidden_states, *rest)
+    _leave(attn)
+    return out
+
+
+# Messages must leave in the same order everywhere, and their sizes are read on the host: no graph holds them.
+_run_divided = torch.compiler.disable(
+    _run, reason="context parallel: processes exchange tensors in here; compile with fullgraph=False"
+)
+
+
+def _runner(attn: nn.Module) -> Callable[..., Any]:
+    site: Any = attn._modules.get(_CHILD)
+    return _run if site is None or site.call is None or site.call.share.alone else _run_divided
+
+
 # Attention.forward passes only the arguments that `__call__` names, so the names must be stock's.
 def _call_rotary_emb(
     self: Any,
@@ -69,10 +87,7 @@ def _call_rotary_emb(
     attention_mask: Tensor | None = None,
     rotary_emb: Any = None,
 ) -> Any:
-    _enter(attn, hidden_states)
-    out = self._stock_call(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-    _leave(attn)
-    return out
+    return _runner(attn)(self, attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
 
 
 def _call_image_rotary_emb(
@@ -83,10 +98,7 @@ def _call_image_rotary_emb(
     attention_mask: Tensor | None = None,
     image_rotary_emb: Any = None,
 ) -> Any:
-    _enter(attn, hidden_states)
-    out = self._stock_call(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-    _leave(attn)
-    return out
+    return _runner(attn)(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 
 
 _CALLS = {tuple(inspect.signature(f).parameters): f for f in (_call_rotary_emb, _call_image_rotary_emb)}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import rows
+import tiny_pipelines
 import torch
+from compiling import Counted, compile_blocks
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
@@ -26,29 +28,9 @@ def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-class Counted:
-    """A backend that runs the traced graph as it is and counts the graphs."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Callable[..., Any]:
-        self.graphs += 1
-        return graph.forward
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    return [block for name, stack in model.named_children() if name.endswith("blocks") for block in stack.children()]
-
-
 def compiled(model: nn.Module, backend: Any) -> Any:
-    """What ``compile_repeated_blocks(fullgraph=True)`` does; CogVideoX names no blocks of its own to it."""
-    torch.compiler.reset()
-    if getattr(model, "_repeated_blocks", None):
-        model.compile_repeated_blocks(fullgraph=True, backend=backend)
-    else:
-        for block in blocks(model):
-            block.compile(fullgraph=True, backend=backend)
+    """The backend of blocks that are one graph each."""
+    compile_blocks(model, backend, fullgraph=True)
     return backend
 
 
@@ -195,6 +177,34 @@ def test_inductor_with_checkpointing_trains_like_eager() -> None:
 def _trained(model: nn.Module, values: dict[str, Any]) -> dict[str, torch.Tensor]:
     model(**values)[0].square().sum().backward()
     return rows.gradients(model)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_whole_model_is_compiled(order: str) -> None:
+    """The hooks of the patch stay outside of the graph; what `torch.compile` returns is patched as the model in it."""
+    model, inputs = build("wan")
+    values = rows.prompt("wan", inputs)
+    with rows.sparse(model, "vsa"):
+        wanted = rows.forward(model, values)
+    stock = rows.forward(model, values)
+    count = Counted()
+    whole: Any = torch.compile(model, backend=count) if order == "before" else model
+    assert torch.equal(rows.forward(whole, values), stock)
+    known = count.graphs
+    with rows.sparse(whole, "vsa") as patch:
+        whole = torch.compile(model, backend=count)
+        found = [rows.forward(whole, values) for _ in range(3)]
+        assert all(torch.equal(x, wanted) for x in found)
+        assert count.graphs - known == 1
+        assert vsparse.patch_of(whole) is patch
+    assert torch.equal(rows.forward(whole, values), stock)
+
+
+def test_a_pipeline_with_a_compiled_model_is_patched_whole() -> None:
+    pipe, _ = tiny_pipelines.wan(experts=2)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    with vsparse.apply(pipe, "vsa", **rows.METHODS["vsa"].sparse) as patch:
+        assert {site.site.root for site in patch.sites} == {"transformer", "transformer_2"}
 
 
 def test_the_graphs_are_the_compilers() -> None:

@@ -69,7 +69,9 @@ class Cut:
         if self.order is not None:
             mine = x.narrow(dim, before, self.grid.video).index_select(dim, self.order[self.first :][: self.video])
         if not before and not after:
-            return mine.contiguous()
+            # A copy even of one sample, whose part is contiguous as a view: it would keep the whole tensor, and its
+            # strides, unlike those of every later layer, would cost a compiled block another graph.
+            return mine.clone(memory_format=torch.contiguous_format)
         return torch.cat((x.narrow(dim, 0, before), mine, x.narrow(dim, size - after, after)), dim)
 
     def whole(self, x: Tensor, dim: int) -> Tensor:
