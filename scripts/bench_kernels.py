@@ -2,8 +2,8 @@
 
 One run of less than ten minutes: ceilings of the device, correctness of every configuration, properties that only a
 device can show, forward and backward over shapes of video models with dense attention beside them, what a method
-spends around the kernel, the exact search, other kernels on the same lists. A configuration that is wrong, or that
-was not checked, is refused for timing. Figures are medians of interleaved calls over rotating inputs.
+spends around the kernel, what moves tensors, the exact search, other kernels on the same lists. A configuration that is
+wrong, or that was not checked, is refused for timing. Figures are medians of interleaved calls over rotating inputs.
 
 Files in ``--out``: ``bench_kernels.json``, ``bench_kernels.md``, ``bench_kernels.png``. The JSON holds
 
@@ -24,6 +24,9 @@ Files in ``--out``: ``bench_kernels.json``, ``bench_kernels.md``, ``bench_kernel
   shipped one over its time)
 - ``parts``: for each grid ``ms`` of every piece of a VSA call, ``sums_ms`` (a kernel, b + selection, c + packing,
   d + coarse branch), ``of_kernel``, ``targets``
+- ``moving``: for each grid ``moved``: "pack", "unpack", "merge" (of two parts), each ``bytes``, ``rate`` (B/s) and
+  ``of_copy`` (share of the copy ceiling); ``alone``: what attention takes longer through the code of context
+  parallelism where one process has everything, as a share, and its ``target``
 - ``search``: ``ms``, ``of_dense``, ``target``; ``baselines``: for each shape ``rows`` with ``name``, ``status``,
   ``words``, ``distance`` from ours, ``ms``, ``tflops``
 - ``dropped``: groups that did not fit the budget: shape, ``densities``, ``reason``
@@ -46,15 +49,15 @@ from pathlib import Path
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
-from kernel_bench import baselines, plan, properties, samples, stages, sweeps, verdicts
+from kernel_bench import baselines, moving, plan, properties, samples, stages, sweeps, verdicts
 from kernel_bench.clock import attempt
 from kernel_bench.descriptors import VARIANT
 from kernel_bench.report import DRY, Report
 from kernel_bench.session import Screen, Session, environment
 
-STAGES = ("ceilings", "correctness", "properties", "forward", "backward", "parts", "search", "baselines")
+STAGES = ("ceilings", "correctness", "properties", "forward", "backward", "parts", "moving", "search", "baselines")
 # What is left after the properties is divided in this proportion.
-WEIGHTS = (("forward", 4.0), ("backward", 3.5), ("parts", 1.2), ("search", 0.8), ("baselines", 1.5))
+WEIGHTS = (("forward", 4.0), ("backward", 3.5), ("parts", 1.2), ("moving", 0.6), ("search", 0.8), ("baselines", 1.5))
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -113,7 +116,7 @@ def run(session: Session, only: list[str]) -> None:
         session.report.write()
 
     timed = [name for name, _ in WEIGHTS if name in only]
-    if "ceilings" in only or {"forward", "backward"} & set(only):
+    if "ceilings" in only or {"forward", "backward", "moving"} & set(only):
         stage("ceilings", lambda: sweeps.ceilings(session))
     if set(only) - {"ceilings"}:
         stage("correctness", lambda: correctness(session, only))
@@ -123,6 +126,7 @@ def run(session: Session, only: list[str]) -> None:
         "forward": lambda seconds: sweeps.sweep(session, "forward", seconds),
         "backward": lambda seconds: sweeps.sweep(session, "backward", seconds),
         "parts": lambda seconds: stages.parts(session, seconds),
+        "moving": lambda seconds: moving.moving(session, seconds),
         "search": lambda seconds: stages.search(session, seconds),
         "baselines": lambda seconds: baselines.run(session, seconds),
     }
@@ -177,7 +181,7 @@ def main() -> int:
     run(session, given.only)
     print(summary(report))
     broken = any(stage["words"] for stage in report.data["stages"].values())
-    rows = [row for name in ("correctness", *plan.STEPS, "parts") for row in report.data[name]]
+    rows = [row for name in ("correctness", *plan.STEPS, "parts", "moving") for row in report.data[name]]
     return int(broken or any(row["status"] in ("fail", "failed") for row in rows))
 
 

@@ -61,7 +61,7 @@ def test_dry_run_writes_what_it_promises_and_says_what_it_is_worth(dry: tuple[Pa
 @pytest.mark.slow
 def test_dry_run_goes_through_every_stage(dry: tuple[Path, str]) -> None:
     report = json.loads((dry[0] / "bench_kernels.json").read_text())
-    wanted = ["ceilings", "correctness", "properties", "forward", "backward", "parts", "search", "baselines"]
+    wanted = ["ceilings", "correctness", "properties", "forward", "backward", "parts", "moving", "search", "baselines"]
     assert {name: stage["words"] for name, stage in report["stages"].items()} == dict.fromkeys(wanted, "")
     checked = {row["variant"]: row["status"] for row in report["correctness"]}
     assert {row["status"] for row in report["correctness"] if row["variant"] != "descriptors"} == {"pass"}
@@ -70,7 +70,9 @@ def test_dry_run_goes_through_every_stage(dry: tuple[Path, str]) -> None:
         assert {row["descriptors"]["status"] for row in report[name]} == {"refused"}
         assert words in report[name][0]["descriptors"]["words"]
     assert all(
-        row["status"] == "measured" for name in ("forward", "backward", "parts", "search") for row in report[name]
+        row["status"] == "measured"
+        for name in ("forward", "backward", "parts", "moving", "search")
+        for row in report[name]
     )
     assert report["environment"]["torch"] == torch.__version__
     assert "--dry-run" in report["environment"]["command"]

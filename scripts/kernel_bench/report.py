@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 DRY = "dry run, no meaning"
-LISTS = ("correctness", "properties", "forward", "backward", "parts", "search", "baselines", "dropped")
+LISTS = ("correctness", "properties", "forward", "backward", "parts", "moving", "search", "baselines", "dropped")
 
 
 def _plain(value: Any) -> Any:
@@ -70,6 +70,7 @@ class Report:
         for step in ("forward", "backward"):
             lines += [f"## {step.capitalize()}", "", *self._sweep(data[step])]
         lines += ["## Parts of a VSA call", "", *self._parts()]
+        lines += ["## Moving tensors, and sharing with nobody", "", *self._moving()]
         lines += ["## Exact search, as shares of one dense forward", "", *self._search()]
         lines += ["## Baselines", "", *self._baselines()]
         lines += [f"## Not measured for lack of time: {len(data['dropped'])} groups", ""]
@@ -127,6 +128,18 @@ class Report:
             lines += table(["share of the kernel", "found"], ([*pair] for pair in x.get("of_kernel", {}).items()))
             names = {"a": "kernel", "b": "+ selection", "c": "+ pack and unpack", "d": "+ coarse branch and gate"}
             lines += table(["sum", "ms"], ([names[name], ms] for name, ms in x.get("sums_ms", {}).items()))
+        return lines
+
+    def _moving(self) -> list[str]:
+        lines = []
+        for x in self.data["moving"]:
+            lines += [f"Grid {'x'.join(map(str, x['grid']))}, H={x['heads']}: {x['status']} {x['words']}".rstrip(), ""]
+            lines += table(
+                ["piece", "ms", "GB/s", "of the copy ceiling"],
+                ([name, y["ms"], y["rate"] / 1e9, y["of_copy"]] for name, y in x.get("moved", {}).items()),
+            )
+            if "alone" in x:
+                lines += [f"Attention as the only one of a group: {x['alone']:+.4f} (target {x['target']}).", ""]
         return lines
 
     def _search(self) -> list[str]:

@@ -73,7 +73,8 @@ class Call:
         return fine + self.gate * self.tiles.expand(coarse)
 
 
-def _call(session: Session, grid: Grid, heads: int, width: int) -> Call:
+def call_of(session: Session, grid: Grid, heads: int, width: int) -> Call:
+    """A VSA call over a grid with random tensors."""
     tiles = TileLayout(grid, tile=(4, 4, 4)).to(session.device).bind()
     tokens: list[Triple] = []
     for number in range(2):
@@ -111,7 +112,7 @@ def parts(session: Session, seconds: float) -> None:
             session.screen.say(f"parts of a call over {grid}: refused: {words}")
             continue
         with torch.no_grad():
-            row |= _timed(session, _call(session, grid, heads, width))
+            row |= _timed(session, call_of(session, grid, heads, width))
         session.report.data["parts"].append(row)
         session.free()
         shares = row["of_kernel"]
