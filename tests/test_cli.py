@@ -18,7 +18,7 @@ from vsparse.measure.facts import facts
 from vsparse.measure.video import read_video
 from vsparse.methods import get_method, list_methods
 
-COMMANDS = ("demo", "generate", "plan", "methods", "doctor", "draw")
+COMMANDS = ("demo", "generate", "plan", "methods", "doctor", "draw", "latency")
 MODEL = ["plan", "WanTransformer3DModel"]
 
 

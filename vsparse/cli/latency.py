@@ -1,0 +1,97 @@
+"""``vsparse latency``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from vsparse.cli.common import (
+    MACHINE,
+    VIDEO,
+    DenseLayers,
+    DenseSteps,
+    Frames,
+    Height,
+    MethodKey,
+    SearchAt,
+    Seed,
+    Settings,
+    Steps,
+    Width,
+    console,
+    plainly,
+    progress_bar,
+    quiet,
+    typer,
+)
+
+__all__ = ["latency"]
+
+
+@plainly
+def latency(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="Folder or hub name of a pipeline; none: the embedded one.", show_default=False
+        ),
+    ] = None,
+    method: MethodKey = "adaspa",
+    settings: Settings = [],  # noqa: B006 (typer copies it)
+    dense_steps: DenseSteps = None,
+    dense_layers: DenseLayers = None,
+    search_at: SearchAt = None,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to show.", rich_help_panel=VIDEO)
+    ] = "a red circle moving right on a dark background",
+    seed: Seed = 0,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    steps: Steps = None,
+    seconds: Annotated[float, typer.Option(metavar="S", min=0, help="About how long to measure.")] = 60.0,
+    rounds: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Rounds, instead; a median needs 6 for its interval.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="For the report.")] = Path("out/latency"),
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="float32, bfloat16 or float16; on CUDA bfloat16.", rich_help_panel=MACHINE),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 ...", rich_help_panel=MACHINE)
+    ] = None,
+) -> None:
+    """Say where the time of a generation goes, dense and sparse, measured in turn in one run.
+
+    `vsparse latency --method vsa -s density=0.25 -s tile=1x8x8`
+
+    `vsparse latency ./my-wan -m adaspa --height 480 --width 832 --frames 81 --steps 50 --rounds 6`
+    """
+    from vsparse.measure import options
+    from vsparse.measure.latency import report, tables
+    from vsparse.measure.video import check_folder
+
+    folder = check_folder(out)
+    chosen = options.method(method, settings)
+    schedule = options.schedule(chosen, dense_steps, dense_layers, search_at)
+    quiet()
+    with console.status("loading the pipeline"):
+        pipe, clip = report.target(model, dtype=dtype, device=device)
+    size = {"height": height, "width": width, "frames": frames, "steps": steps}
+    asked = {**clip, **{name: value for name, value in size.items() if value is not None}}
+    with progress_bar() as progress:
+        task = progress.add_task("", total=None)
+
+        def began(name: str, done: int, all_of_them: int) -> None:
+            progress.update(task, description=name.ljust(18), completed=done, total=all_of_them or None)
+
+        found = report.measured(
+            pipe, chosen, schedule, asked, prompt=prompt, seed=seed, seconds=seconds, rounds=rounds, began=began
+        )
+    for table in (tables.whole_table(found), tables.parts_table(found), tables.phases_table(found)):
+        console.print(table)
+    for line in tables.sentences(found):
+        console.print(line, highlight=False)
+    for path in report.write(folder, found):
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)

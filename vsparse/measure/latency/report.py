@@ -1,0 +1,93 @@
+"""What ``vsparse latency`` does: load, measure, write."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vsparse.measure.demo import environment
+from vsparse.measure.embedded import EMBEDDED, embedded_pipeline
+from vsparse.measure.latency.figures import Latency
+from vsparse.measure.latency.rounds import take_turns
+from vsparse.measure.pipelines import load_pipeline
+from vsparse.measure.recall_report import as_json, write_text
+from vsparse.methods import Method
+from vsparse.schedule import Schedule
+
+__all__ = ["STEPS", "measured", "target", "write"]
+
+STEPS = 6
+"""Denoising steps of the embedded pipeline: rounds are worth more than steps."""
+
+
+def target(model: str | None, *, dtype: str | None = None, device: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """A pipeline, and the size of video that it is asked for where nothing else is said.
+
+    Args:
+        model: As of `load_pipeline`; None: the embedded pipeline, on the CPU. dtype, device: as there.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: as of `load_pipeline`; a dtype or device for the embedded pipeline.
+    """
+    if model is None:
+        if dtype is not None or device is not None:
+            raise ValueError("--dtype and --device go with a MODEL; the embedded pipeline runs in float32 on the CPU")
+        pipe, clip = embedded_pipeline(), dc.asdict(dc.replace(EMBEDDED, steps=STEPS))
+    else:
+        pipe, clip = load_pipeline(model, dtype=dtype, device=device), {}
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, clip
+
+
+def measured(
+    pipe: Any,
+    method: Method,
+    schedule: Schedule,
+    asked: Mapping[str, Any],
+    *,
+    prompt: str,
+    seed: int,
+    seconds: float,
+    rounds: int | None = None,
+    began: Callable[[str, int, int], None] = lambda *_: None,
+) -> Latency:
+    """Measure a pipeline, dense and with a method.
+
+    Args:
+        pipe: It is left as it came. method, schedule: as of `vsparse.apply`. asked: size, frames, steps, guidance.
+        seconds, rounds: as of `take_turns`. began: told what runs, how many runs are over, and how many there will be.
+    """
+    over = 0
+
+    def told(name: str, count: int) -> None:
+        nonlocal over
+        began(name, over, 4 * count)
+        over += name not in ("warm-up", "densities")
+
+    runs, executed = take_turns(
+        pipe, method, schedule, {**asked, "prompt": prompt, "seed": seed}, seconds=seconds, rounds=rounds, began=told
+    )
+    device, where = torch.device(pipe.device), environment()
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"{where['cpu']}, {where['threads']} threads"
+    return Latency(
+        pipeline=type(pipe).__name__,
+        method=str(method),
+        schedule=str(schedule),
+        asked={**asked, "prompt": prompt, "seed": seed},
+        device=name,
+        runs=runs,
+        executed=executed,
+        environment=where,
+    )
+
+
+def write(folder: Path, found: Latency) -> list[Path]:
+    """Write the report into a folder; each file is whole or not there."""
+    path = folder / "latency.json"
+    write_text(path, as_json(found.as_json()))
+    return [path]

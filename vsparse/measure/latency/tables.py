@@ -1,0 +1,118 @@
+"""A latency measurement as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vsparse.measure.latency.figures import COST_GOAL, GAP_GOAL, Latency
+from vsparse.measure.latency.intervals import Interval
+from vsparse.measure.latency.rounds import Kind
+from vsparse.measure.latency.timeline import PARTS, SELF_ATTENTION
+from vsparse.optional import require
+
+__all__ = ["KINDS", "between", "parts_table", "phases_table", "sentences", "whole_rows", "whole_table"]
+
+KINDS: tuple[Kind, Kind] = ("dense", "sparse")
+_NONE = "\u2013"
+
+
+def between(found: Interval, form: str = ".2f") -> str:
+    """``1.23 (1.20 to 1.27)``."""
+    return f"{found.median:{form}} ({found.low:{form}} to {found.high:{form}})"
+
+
+def _table(title: str, *columns: str) -> Any:
+    table = require("rich.table", "cli").Table(title=title, title_justify="left", caption_justify="left")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    return table
+
+
+def whole_rows(found: Latency) -> list[list[str]]:
+    """Whole generations, and how far the profile can be trusted: a name, dense, sparse."""
+    executed, density = found.executed, found.executed.density
+    steps, layers = len(density), len(density[0]) if density else 0
+    peaks = [found.peak(kind) for kind in KINDS]
+    rows = [
+        ["generation, s", *(between(found.seconds(kind)) for kind in KINDS)],
+        ["slowest less fastest", *(f"{found.spread(kind):.1%}" for kind in KINDS)],
+        [f"claimed by no part (goal {GAP_GOAL:.0%})", *(between(found.gap(kind), ".1%") for kind in KINDS)],
+        [f"cost of profiling (goal {COST_GOAL:.0%})", *(between(found.cost(kind), ".1%") for kind in KINDS)],
+        ["executed density", "1", f"{found.density:.3f}"],
+        ["dense steps", f"{steps} of {steps}", f"{executed.dense_steps} of {steps}"],
+        ["dense layers", f"{layers} of {layers}", f"{executed.dense_layers} of {layers}"],
+    ]
+    if None not in peaks:
+        rows.append(["most GPU memory, GiB", *(f"{(peak or 0) / 2**30:.2f}" for peak in peaks)])
+    return rows
+
+
+def whole_table(found: Latency) -> Any:
+    """`whole_rows`."""
+    table = _table(f"{found.pipeline}, {found.method}", "", *KINDS)
+    for row in whole_rows(found):
+        table.add_row(*row)
+    table.caption = (
+        f"{found.rounds} rounds in turn: median, and an interval that covers it with a chance of "
+        f"{found.speed.coverage:.0%}"
+    )
+    return table
+
+
+def parts_table(found: Latency) -> Any:
+    """Seconds and share of each part of the typical run."""
+    table = _table("Where the time goes", "seconds", "dense", "share", "sparse", "share", "sparse, all rounds")
+    dense, sparse = (found.parts(kind) for kind in KINDS)
+    whole = [found.typical(kind).seconds for kind in KINDS]
+
+    def row(name: str, parts: Sequence[str], spread: str = "", style: str = "") -> None:
+        a, b = (sum(x[part] for part in parts) for x in (dense, sparse))
+        table.add_row(name, f"{a:.3f}", f"{a / whole[0]:.1%}", f"{b:.3f}", f"{b / whole[1]:.1%}", spread, style=style)
+
+    row("self-attention", SELF_ATTENTION, style="bold")
+    for part in PARTS:
+        if dense[part] or sparse[part]:
+            name = f"  {part}" if part in SELF_ATTENTION else part
+            row(name, [part], between(found.part("sparse", part), ".3f"))
+    row("sum", PARTS, style="bold")
+    table.caption = (
+        "The profiled generation of median length, whose parts add up to the clock around it. rest: what no part "
+        "claims, such as guidance and Python between the models."
+    )
+    return table
+
+
+def phases_table(found: Latency) -> Any:
+    """One call of a layer by phase."""
+    lines = [(kind, line) for kind in KINDS for line in found.phases(kind)]
+    names = ["not patched" if kind == "dense" else line.phase for kind, line in lines]
+    table = _table("Self-attention of one layer in one call", "ms", *names)
+    table.add_row("calls in a generation", *(str(line.calls) for _, line in lines))
+    table.add_row("self-attention", *(f"{1e3 * line.seconds:.2f}" for _, line in lines), style="bold")
+    for part in SELF_ATTENTION:
+        if any(part in line.parts for _, line in lines):
+            cells = [f"{1e3 * line.parts[part]:.2f}" if part in line.parts else _NONE for _, line in lines]
+            table.add_row(f"  {part}", *cells)
+    return table
+
+
+def sentences(found: Latency) -> list[str]:
+    """What follows from the figures."""
+    said = [found.verdict[0].upper() + found.verdict[1:] + "."]
+    said.append(
+        f"Bounds: the attention kernel is {found.attention_share:.0%} of a dense generation. At the executed density a "
+        f"generation can be at most {found.amdahl:.2f} times as fast, without any attention {found.limit:.2f} times."
+    )
+    if found.floor is not None:
+        said.append(f"Floor: a dense generation took {between(found.floor)} times as long as the one before it.")
+    missed = [
+        f"{name} of the {kind} runs is {figure.median:.1%}, the goal is {goal:.0%}"
+        for kind in KINDS
+        for name, figure, goal in (
+            ("what no part claims", found.gap(kind), GAP_GOAL),
+            ("the cost of profiling", found.cost(kind), COST_GOAL),
+        )
+        if figure.median > goal
+    ]
+    return [*said, *(f"Missed: {words}." for words in missed)]
