@@ -8,7 +8,6 @@ import json
 import math
 import random
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 import rows
 import tiny_pipelines
 import torch
+from latency_cases import Ticks, known
 from torch import nn
 from typer.testing import CliRunner
 
@@ -24,11 +24,10 @@ import vsparse.ops.host_order as host_order
 from vsparse import cli, ops
 from vsparse.layouts import Blocking
 from vsparse.measure.latency import report, tables
-from vsparse.measure.latency.executed import Executed, watching
-from vsparse.measure.latency.figures import Latency
+from vsparse.measure.latency.executed import watching
 from vsparse.measure.latency.intervals import WIDEST, Interval, interval, verdict
 from vsparse.measure.latency.profiler import profiled
-from vsparse.measure.latency.rounds import LEAST, MOST, Run, orders, rounds_in, take_turns
+from vsparse.measure.latency.rounds import LEAST, MOST, orders, rounds_in, take_turns
 from vsparse.measure.latency.timeline import (
     BLOCK,
     CHOOSE,
@@ -51,24 +50,6 @@ from vsparse.measure.latency.timeline import (
     Timeline,
 )
 from vsparse.methods import get_method
-
-
-class Ticks:
-    """A clock whose every mark comes one second after the last."""
-
-    def __init__(self) -> None:
-        self.time = 0.0
-
-    def mark(self) -> float:
-        self.time += 1.0
-        return self.time
-
-    def seconds(self, marks: Sequence[float]) -> list[float]:
-        return [b - a for a, b in itertools.pairwise(marks)]
-
-    def now(self) -> float:
-        return self.mark()
-
 
 # ---- intervals -------------------------------------------------------------------------------------------------------
 
@@ -259,45 +240,6 @@ def test_layers_of_every_host_are_told_apart(host: str) -> None:
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
-
-
-def run(kind: Any, seconds: float, **parts: float) -> Run:
-    """A profiled run where parts are given, by step 0 of layer 0; ``rest`` is what the timeline itself left over."""
-    if not parts:
-        return Run(kind=kind, seconds=seconds)
-    phase = "dense" if kind == "dense" else "reuse"
-    named = {"kernel": KERNEL, "choose": CHOOSE, "project": PROJECT, "vae": VAE, "rest": REST}
-    inner = (KERNEL, CHOOSE, PROJECT)
-    spans = {
-        Span(named[x], 0 if named[x] in inner else None, phase if named[x] in inner else "", 0): s
-        for x, s in parts.items()
-    }
-    return Run(kind=kind, seconds=seconds, spans=spans)
-
-
-def known(rounds: int = 3) -> Latency:
-    """Dense takes 10, 11 and 12 s, sparse half of it; profiling costs a tenth."""
-    runs = []
-    for i in range(rounds):
-        dense = 10.0 + i
-        runs += [run("dense", dense), run("sparse", dense / 2)]
-        runs.append(run("dense", 1.1 * dense, kernel=6.0 + i, project=1.0, vae=2.0, rest=0.5))
-        runs.append(run("sparse", 0.55 * dense, kernel=1.5, choose=0.5, project=1.0, vae=2.0, rest=0.25))
-    executed = Executed(
-        density=[[[1.0, 1.0], [1.0, 1.0]], [[0.25, 0.5], [1.0, 1.0]]],
-        phases=[["dense", "dense"], ["reuse", "dense"]],
-        stats={
-            "density": 0.5,
-            "sparse_density": 0.375,
-            "calls": {"dense": 3, "reuse": 1},
-            "fallbacks": {},
-            "kernel": "cpu",
-        },
-    )
-    return Latency(
-        pipeline="Pipe", method="Some()", schedule="Schedule()", asked={"steps": 2}, device="abacus",
-        runs=runs, executed=executed, environment={"python": "3"},
-    )  # fmt: skip
 
 
 def test_whole_generations() -> None:

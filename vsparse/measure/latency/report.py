@@ -12,6 +12,7 @@ import torch
 from vsparse.measure.demo import environment
 from vsparse.measure.embedded import EMBEDDED, embedded_pipeline
 from vsparse.measure.latency.figures import Latency
+from vsparse.measure.latency.page import page
 from vsparse.measure.latency.rounds import take_turns
 from vsparse.measure.pipelines import load_pipeline
 from vsparse.measure.recall_report import as_json, write_text
@@ -88,6 +89,7 @@ def measured(
 
 def write(folder: Path, found: Latency) -> list[Path]:
     """Write the report into a folder; each file is whole or not there."""
-    path = folder / "latency.json"
-    write_text(path, as_json(found.as_json()))
-    return [path]
+    written = {folder / "latency.json": as_json(found.as_json()), folder / "latency.html": page(found)}
+    for path, text in written.items():
+        write_text(path, text)
+    return list(written)
