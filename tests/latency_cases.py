@@ -8,8 +8,11 @@ from typing import Any
 
 from vsparse.measure.latency.executed import Executed
 from vsparse.measure.latency.figures import Latency
+from vsparse.measure.latency.rates import Rates
 from vsparse.measure.latency.rounds import Run
-from vsparse.measure.latency.timeline import CHOOSE, KERNEL, PROJECT, REST, VAE, Span
+from vsparse.measure.latency.timeline import CHOOSE, KERNEL, PROJECT, REST, SEARCH, VAE, Span
+from vsparse.measure.latency.work import Work
+from vsparse.parallel.rates import Rate
 
 
 class Ticks:
@@ -27,6 +30,30 @@ class Ticks:
 
     def now(self) -> float:
         return self.mark()
+
+
+RATES = Rates(
+    device="abacus",
+    dtype="float32",
+    date="2026-01-01T00:00:00",
+    products=Rate(flops=100.0, origin="made"),
+    dense=Rate(flops=50.0, origin="made"),
+    sparse=Rate(flops=200.0, overhead=0.25, origin="made"),
+    memory=10.0,
+    call=0.5,
+)
+WORK = {
+    "dense": {
+        KERNEL: Work(attention=300.0, touched=30.0, calls=2.0),
+        PROJECT: Work(products=40.0, moved=5.0, touched=20.0, calls=1.0),
+        REST: Work(moved=99.0),
+    },
+    "sparse": {
+        KERNEL: Work(attention=100.0, touched=20.0, calls=2.0),
+        CHOOSE: Work(products=7.0, moved=1.0, touched=2.0, calls=1.0),
+        PROJECT: Work(products=40.0, moved=5.0, touched=20.0, calls=1.0),
+    },
+}
 
 
 def run(kind: Any, seconds: float, **parts: float) -> Run:
@@ -61,8 +88,9 @@ def known(rounds: int = 3) -> Latency:
             "fallbacks": {},
             "kernel": "cpu",
         },
+        flops={KERNEL: 400.0, CHOOSE: 50.0, SEARCH: 0.0},
     )
     return Latency(
         pipeline="Pipe", method="Some()", schedule="Schedule()", asked={"steps": 2}, device="abacus",
-        runs=runs, executed=executed, environment={"python": "3", "packages": {"torch": "2"}},
+        runs=runs, executed=executed, work=WORK, rates=RATES, environment={"python": "3", "packages": {"torch": "2"}},
     )  # fmt: skip

@@ -53,6 +53,9 @@ def latency(
     rounds: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Rounds, instead; a median needs 6 for its interval.")
     ] = None,
+    fresh_rates: Annotated[
+        bool, typer.Option("--fresh-rates", help="Measure the rates of this machine anew.", rich_help_panel=MACHINE)
+    ] = False,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="For the report.")] = Path("out/latency"),
     dtype: Annotated[
         str | None,
@@ -87,10 +90,19 @@ def latency(
             progress.update(task, description=name.ljust(18), completed=done, total=all_of_them or None)
 
         found = report.measured(
-            pipe, chosen, schedule, asked, prompt=prompt, seed=seed, seconds=seconds, rounds=rounds, began=began
+            pipe,
+            chosen,
+            schedule,
+            asked,
+            prompt=prompt,
+            seed=seed,
+            seconds=seconds,
+            rounds=rounds,
+            again=fresh_rates,
+            began=began,
         )
-    for table in (tables.whole_table(found), tables.parts_table(found), tables.phases_table(found)):
-        console.print(table)
+    for make in (tables.whole_table, tables.parts_table, tables.phases_table, tables.predicted_table):
+        console.print(make(found))
     for line in tables.sentences(found):
         console.print(line, highlight=False)
     for path in report.write(folder, found):

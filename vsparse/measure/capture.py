@@ -53,13 +53,13 @@ def capture(patch: Patch, *, layers: tuple[int, ...] | None = None) -> Iterator[
 
 
 @contextlib.contextmanager
-def tapped(sparse: SparseAttention, told: Callable[[BlockMap], None]) -> Iterator[None]:
-    """Hear of every map that a site executes inside the block."""
+def tapped(sparse: SparseAttention, told: Callable[[BlockMap, int], None]) -> Iterator[None]:
+    """Hear of every map that a site executes inside the block, and of the batch."""
     report = sparse.tally
 
     def tally(blocks: BlockMap, batch: int, *more: BlockMap) -> None:
         for one in (blocks, *more):
-            told(one)
+            told(one, batch)
         report(blocks, batch, *more)
 
     sparse.tally = tally  # type: ignore[method-assign]
@@ -69,8 +69,8 @@ def tapped(sparse: SparseAttention, told: Callable[[BlockMap], None]) -> Iterato
         del sparse.tally
 
 
-def _noting(sparse: SparseAttention, seen: list[Seen]) -> Callable[[BlockMap], None]:
-    def told(blocks: BlockMap) -> None:
+def _noting(sparse: SparseAttention, seen: list[Seen]) -> Callable[[BlockMap, int], None]:
+    def told(blocks: BlockMap, _: int) -> None:
         step = -1 if sparse.call is None else int(sparse.call.step)
         seen.append(Seen(site=sparse.site, step=step, phase=sparse.phase, blocks=blocks))
 

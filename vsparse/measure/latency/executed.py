@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from vsparse.blocks import BlockMap
 from vsparse.host import find_roots
+from vsparse.layouts import Layout
 from vsparse.measure.capture import tapped
+from vsparse.measure.latency.timeline import CHOOSE, KERNEL, SEARCH
 from vsparse.methods import SparseAttention
 from vsparse.patch import Patch
+from vsparse.schedule import Phase
 
 __all__ = ["Executed", "Watcher", "watching"]
 
@@ -27,12 +30,15 @@ class Executed:
             layer ran dense, 0 where it gave a cached output again.
         phases: ``[steps][layers]``, the phase of the last call of a step.
         stats: Of the patch.
+        flops: Of the sparse kernel (padding counted as the layout has it), of exact searches, and of choosing maps as
+            methods declare it, by part.
         blocks: The map of one sparse call, its layer and step; None without a sparse call.
     """
 
     density: list[list[list[float]]]
     phases: list[list[str]]
     stats: dict[str, Any]
+    flops: Mapping[str, float] = dc.field(default_factory=dict)
     blocks: BlockMap | None = None
     layer: int = 0
     step: int = 0
@@ -52,8 +58,11 @@ class Executed:
 class _Call(NamedTuple):
     step: Tensor | None
     site: SparseAttention
-    phase: str
+    phase: Phase
+    layout: Layout | None
+    batch: int
     kept: list[Tensor]
+    pairs: list[Tensor]
 
 
 class Watcher:
@@ -62,21 +71,26 @@ class Watcher:
     def __init__(self, patch: Patch, steps: int) -> None:
         self._patch, self._steps = patch, steps
         self._calls: list[_Call] = []
-        self._kept: dict[int, list[Tensor]] = {}
+        self._kept: dict[int, list[tuple[Tensor, Tensor, int]]] = {}
         self._maps: list[tuple[int, BlockMap]] = []  # with the number of the call
         self._middle = (max((site.site.layer for site in patch.sites), default=0) + 1) // 2
 
-    def told(self, site: SparseAttention, blocks: BlockMap) -> None:
+    def told(self, site: SparseAttention, blocks: BlockMap, batch: int) -> None:
         """Of a map that a site executes."""
-        self._kept.setdefault(id(site), []).append(blocks.density().mean(0).expand(site.site.heads))
+        density = blocks.density().mean(0).expand(site.site.heads)
+        pairs = blocks.pairs()[0].expand(batch, site.site.heads).sum()
+        self._kept.setdefault(id(site), []).append((density, pairs, batch))
         if site.site.layer == self._middle and len(self._maps) <= self._steps // 2:
             self._maps.append((len(self._calls), blocks))
 
     def passed(self, sites: list[SparseAttention]) -> None:
         """Of a forward that is over, and of the sites in it."""
         for site in sites:
-            step = None if site.call is None else site.call.step
-            self._calls.append(_Call(step, site, site.phase, self._kept.pop(id(site), [])))
+            step, layout = (None, None) if site.call is None else (site.call.step, site.call.layout)
+            kept = self._kept.pop(id(site), [])
+            batch = kept[0][2] if kept else 0
+            densities, pairs = [one[0] for one in kept], [one[1] for one in kept]
+            self._calls.append(_Call(step, site, site.phase, layout, batch, densities, pairs))
 
     def executed(self) -> Executed:
         """Read everything from the device."""
@@ -95,6 +109,7 @@ class Watcher:
             density=[[_means(calls) for calls in step] for step in found],
             phases=phases,
             stats=self._patch.stats(),
+            flops=_flops(self._calls),
             blocks=blocks,
             layer=self._middle,
             step=max(0, step_of[number]) if step_of else 0,
@@ -108,6 +123,24 @@ def _densities(call: _Call) -> list[float]:
     return [0.0 if call.phase == "output" else 1.0] * call.site.site.heads
 
 
+def _flops(calls: list[_Call]) -> dict[str, float]:
+    """By part, over all calls that had a map."""
+    found = dict.fromkeys((KERNEL, SEARCH, CHOOSE), 0.0)
+    for call in calls:
+        if call.layout is None or not call.kept:
+            continue
+        site, method, layout = call.site.site, call.site.method, call.layout
+        padded = 4.0 * site.head_dim * (layout.slots / layout.tokens) ** 2
+        computed = padded * sum(float(pairs) for pairs in call.pairs)
+        search = method.search_flops(layout, site, call.batch, call.phase)
+        if call.phase in method.exact_phases:
+            found[SEARCH] += computed + search
+        else:
+            found[KERNEL] += computed
+            found[CHOOSE] += search
+    return found
+
+
 def _means(calls: list[list[float]]) -> list[float]:
     return [sum(column) / len(column) for column in zip(*calls, strict=True)] if calls else [1.0]
 
@@ -118,7 +151,7 @@ def watching(target: Any, patch: Patch, steps: int) -> Iterator[Watcher]:
     watcher = Watcher(patch, steps)
     with contextlib.ExitStack() as undo:
         for site in patch.sites:
-            undo.enter_context(tapped(site, lambda blocks, site=site: watcher.told(site, blocks)))  # type: ignore[misc]
+            undo.enter_context(tapped(site, lambda *given, site=site: watcher.told(site, *given)))
         for root in find_roots(target)[1]:
             mine = [site for site in patch.sites if site.site.root == root.name]
             undo.callback(root.module.register_forward_hook(lambda *_, mine=mine: watcher.passed(mine)).remove)

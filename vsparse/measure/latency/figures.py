@@ -9,13 +9,31 @@ from typing import Any
 
 from vsparse.measure.latency.executed import Executed
 from vsparse.measure.latency.intervals import Interval, interval, verdict
+from vsparse.measure.latency.model import generation
+from vsparse.measure.latency.rates import Rates
 from vsparse.measure.latency.rounds import Kind, Run
-from vsparse.measure.latency.timeline import KERNEL, PARTS, REST, SELF_ATTENTION, Span
+from vsparse.measure.latency.timeline import CHOOSE, KERNEL, PARTS, REST, SEARCH, SELF_ATTENTION, Span
+from vsparse.measure.latency.work import Work
 
-__all__ = ["COST_GOAL", "GAP_GOAL", "Latency", "PhaseRow"]
+__all__ = ["COST_GOAL", "GAP_GOAL", "Latency", "PhaseRow", "Prediction"]
 
 GAP_GOAL, COST_GOAL = 0.05, 0.03
 """How much of the whole may belong to no part, and how much longer a profiled generation may take."""
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Seconds of a part of a generation, predicted and measured."""
+
+    part: str
+    seconds: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, as a share of what was measured."""
+        return self.seconds / self.measured - 1.0
+
 
 _KINDS: tuple[Kind, Kind] = ("dense", "sparse")
 
@@ -41,6 +59,7 @@ class Latency:
     Args:
         pipeline: Its class. method, schedule: in words. asked: size of the video. device: its name.
         runs: Of all rounds, in order. executed: by a sparse generation. environment: versions and machine.
+        work: By kind and part. rates: of the machine; None: nothing is predicted.
     """
 
     pipeline: str
@@ -51,6 +70,8 @@ class Latency:
     runs: Sequence[Run]
     executed: Executed
     environment: Mapping[str, Any]
+    work: Mapping[str, Mapping[str, Work]] = dc.field(default_factory=dict)
+    rates: Rates | None = None
 
     def of(self, kind: Kind, *, profiled: bool) -> list[Run]:
         """The runs of one kind, one for each round."""
@@ -177,6 +198,31 @@ class Latency:
         share = self.attention_share
         return 1.0 / (1.0 - share) if share < 1.0 else math.inf
 
+    # ---- predictions -----------------------------------------------------------------------------------------------
+
+    def predictions(self, kind: Kind) -> list[Prediction]:
+        """Of each part that the cost model knows, and of their sum; none without rates."""
+        if self.rates is None or not self.work:
+            return []
+        seconds = generation(self.work["dense"], self.work["sparse"], self.executed, self.rates)[kind]
+        measured = self.parts(kind)
+        rows = [
+            Prediction(part=x, seconds=seconds[x], measured=measured[x]) for x in PARTS if measured[x] and x in seconds
+        ]
+        total = Prediction(
+            part="sum", seconds=sum(row.seconds for row in rows), measured=sum(row.measured for row in rows)
+        )
+        return [*rows, total]
+
+    def flops(self, kind: Kind) -> dict[str, float]:
+        """FLOPs by part, those of sparse attention included."""
+        found = {part: work.flops for part, work in self.work.get(kind, {}).items()}
+        if kind == "sparse":
+            for part in (KERNEL, SEARCH):
+                found[part] = found.get(part, 0.0) + self.executed.flops.get(part, 0.0)
+            found[CHOOSE] = self.executed.flops.get(CHOOSE, 0.0)
+        return found
+
     # ---- everything ------------------------------------------------------------------------------------------------
 
     def as_json(self) -> dict[str, Any]:
@@ -217,6 +263,10 @@ class Latency:
             "fallbacks": stats["fallbacks"],
             "kernel": stats["kernel"],
             "amdahl": {"at_density": self.amdahl, "limit": _finite(self.limit), "attention": self.attention_share},
+            "work": {kind: {x: dc.asdict(y) for x, y in parts.items()} for kind, parts in self.work.items()},
+            "flops": both(self.flops),
+            "rates": None if self.rates is None else dc.asdict(self.rates),
+            "predicted": both(lambda kind: [{**dc.asdict(x), "error": x.error} for x in self.predictions(kind)]),
             "runs": [
                 {"kind": run.kind, "profiled": run.spans is not None, "seconds": run.seconds} for run in self.runs
             ],

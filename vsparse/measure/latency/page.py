@@ -98,6 +98,7 @@ def page(found: Latency, more: Sequence[str] = ()) -> str:
         picture(plots.as_uri(plots.steps(found)), "Time inside all layers by denoising step.", name="steps"),
         "<h2>What was computed</h2>",
         *_computed(found),
+        *_predicted(found),
         *more,
         "<h2>Environment</h2>",
         rows(["", ""], _environment(found.environment), kind="words"),
@@ -138,6 +139,24 @@ def _computed(found: Latency) -> list[str]:
         told = f"One map that ran: layer {executed.layer}, step {executed.step}."
         said.append(picture(_map(found), told, name="map", kind="map"))
     return said
+
+
+def _predicted(found: Latency) -> list[str]:
+    """The cost model beside what was measured."""
+    if found.rates is None or not found.work:
+        return []
+    head = ["seconds", *(x for kind in tables.KINDS for x in (f"{kind}, predicted", "measured", "error"))]
+    words = (
+        "What each part reaches against what this machine can. The line: products and a copy; the dashed ones: "
+        "attention, as measured apart. Bytes are those of all tensors that operators take and give, in a cache or not."
+    )
+    return [
+        "<h2>Prediction and limits</h2>",
+        rows(head, tables.predicted_rows(found), sums=("sum",)),
+        f"<p>{html.escape(tables.rates_words(found))} Products and attention at their rates, other operators by the "
+        "bytes they move, and a little for each call. The scheduler and the rest are not predicted.</p>",
+        picture(plots.as_uri(plots.roofline(found)), words, name="roofline"),
+    ]
 
 
 def _map(found: Latency) -> str:

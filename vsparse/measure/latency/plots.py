@@ -31,7 +31,7 @@ from vsparse.measure.latency.timeline import (
 )
 from vsparse.optional import require
 
-__all__ = ["COLORS", "as_uri", "densities", "layers", "parts", "phases", "steps"]
+__all__ = ["COLORS", "as_uri", "densities", "layers", "parts", "phases", "roofline", "steps"]
 
 KINDS: tuple[Kind, Kind] = ("dense", "sparse")
 COLORS: Mapping[str, str] = {
@@ -50,6 +50,8 @@ COLORS: Mapping[str, str] = {
     SCHEDULER: "#4a4e57",
     REST: "#b8bec6",
 }
+_POINTS = (KERNEL, SEARCH, CHOOSE, PROJECT, CROSS, FEED, VAE)
+"""Parts whose work is mostly products."""
 _WIDTH = 9.6
 _SHARP = 180  # dots per inch of what is embedded
 
@@ -199,4 +201,38 @@ def densities(executed: Executed) -> Any:
     bar = _axis(figure, (_WIDTH - 1.0, 0.6, 0.16, tall))
     figure.colorbar(image, cax=bar)
     bar.tick_params(labelsize=8, colors=FAINT, length=2)
+    return figure
+
+
+def roofline(found: Latency) -> Any:
+    """What each part reaches, over the FLOPs it does for each byte that its operators read and write."""
+    assert found.rates is not None
+    rates = found.rates
+    figure = new_figure(_WIDTH, 4.0)
+    axis = _axis(figure, (0.85, 0.6, _WIDTH - 3.3, 3.15), grid="both")
+    seen: list[float] = []
+    for kind, mark in (("dense", "o"), ("sparse", "s")):
+        work, measured = found.work.get(kind, {}), found.parts(kind)  # type: ignore[arg-type]
+        for part, flops in found.flops(kind).items():  # type: ignore[arg-type]
+            touched = work[part].touched if part in work else 0.0
+            if flops <= 0.0 or touched <= 0.0 or measured[part] <= 0.0 or part not in _POINTS:
+                continue
+            x = flops / touched
+            label = f"{part}, {kind}"
+            axis.plot([x], [flops / measured[part] / 1e9], marker=mark, color=COLORS[part], markersize=8,
+                      linestyle="none", markeredgecolor=INK, markeredgewidth=0.6, label=label)  # fmt: skip
+            seen.append(x)
+    low, high = min([*seen, 0.5]) / 3, max([*seen, 50.0]) * 3
+    top, slope = rates.products.flops / 1e9, rates.memory / 1e9
+    axis.plot([low, top / slope, high], [low * slope, top, top], color=INK, linewidth=1.4, label="memory, products")
+    for name, rate, color in (("full attention", rates.dense, "#7c8794"), ("sparse kernel", rates.sparse, "#0b5cad")):
+        axis.axhline(rate.flops / 1e9, color=color, linewidth=1.0, linestyle=(0, (4, 3)), label=f"rate of {name}")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlim(low, high)
+    axis.set_xlabel("FLOPs for each byte that operators read and write", fontsize=9, color=FAINT)
+    axis.set_ylabel("GFLOP/s", fontsize=9, color=FAINT)
+    handles, labels = axis.get_legend_handles_labels()
+    place = ((_WIDTH - 2.35) / _WIDTH, 3.8 / 4.0)
+    figure.legend(handles, labels, loc="upper left", bbox_to_anchor=place, frameon=False, fontsize=8.5)
     return figure

@@ -13,6 +13,7 @@ from vsparse.measure.demo import environment
 from vsparse.measure.embedded import EMBEDDED, embedded_pipeline
 from vsparse.measure.latency.figures import Latency
 from vsparse.measure.latency.page import page
+from vsparse.measure.latency.rates import machine_rates
 from vsparse.measure.latency.rounds import take_turns
 from vsparse.measure.pipelines import load_pipeline
 from vsparse.measure.recall_report import as_json, write_text
@@ -54,13 +55,15 @@ def measured(
     seed: int,
     seconds: float,
     rounds: int | None = None,
+    again: bool = False,
     began: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Latency:
     """Measure a pipeline, dense and with a method.
 
     Args:
         pipe: It is left as it came. method, schedule: as of `vsparse.apply`. asked: size, frames, steps, guidance.
-        seconds, rounds: as of `take_turns`. began: told what runs, how many runs are over, and how many there will be.
+        seconds, rounds: as of `take_turns`. again: measure the rates of the
+            machine anew. began: told what runs, how many runs are over, and how many there will be.
     """
     over = 0
 
@@ -69,9 +72,11 @@ def measured(
         began(name, over, 4 * count)
         over += name not in ("warm-up", "densities")
 
-    runs, executed = take_turns(
+    runs, executed, work = take_turns(
         pipe, method, schedule, {**asked, "prompt": prompt, "seed": seed}, seconds=seconds, rounds=rounds, began=told
     )
+    began("rates", over, over)
+    rates = machine_rates(torch.device(pipe.device), pipe.transformer.dtype, again=again)
     device, where = torch.device(pipe.device), environment()
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else f"{where['cpu']}, {where['threads']} threads"
@@ -84,6 +89,8 @@ def measured(
         runs=runs,
         executed=executed,
         environment=where,
+        work=work,
+        rates=rates,
     )
 
 

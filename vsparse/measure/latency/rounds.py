@@ -11,8 +11,10 @@ from typing import Any, Literal
 import torch
 
 from vsparse.measure.latency.executed import Executed, watching
+from vsparse.measure.latency.model import steps_of
 from vsparse.measure.latency.profiler import profiled
 from vsparse.measure.latency.timeline import Clock, Span, Timeline, clock_of
+from vsparse.measure.latency.work import Work, counting
 from vsparse.measure.pipelines import generate
 from vsparse.methods import Method
 from vsparse.patch import Patch, apply
@@ -62,7 +64,7 @@ def take_turns(
     rounds: int | None = None,
     began: Callable[[str, int], None] = lambda *_: None,
     clock: Clock | None = None,
-) -> tuple[list[Run], Executed]:
+) -> tuple[list[Run], Executed, dict[str, dict[str, Work]]]:
     """Measure dense against sparse.
 
     A round is a plain and a profiled generation, dense and sparse, in changing order. Before the sparse ones the
@@ -74,7 +76,7 @@ def take_turns(
         began: told what runs next, and how many rounds there will be (0: not known yet). clock: for tests.
 
     Returns:
-        The runs in order, and what a sparse generation executed.
+        The runs in order, what a sparse generation executed, and the work of both kinds by part.
 
     Raises:
         ValueError, NotImplementedError: as of `vsparse.apply` and `profiled`.
@@ -101,12 +103,15 @@ def take_turns(
     warm = {**asked, "steps": WARM_STEPS, "stepped": None}
     began("warm-up", 0)
     generate(pipe, **warm)
+    with counting(pipe) as dense:
+        generate(pipe, **warm)
     began("densities", 0)
     steps = asked.get("steps") or 1
     with apply(pipe, method, schedule=schedule) as patch:
-        with watching(pipe, patch, steps) as watcher:
+        with watching(pipe, patch, steps) as watcher, counting(pipe, patch) as sparse:
             generate(pipe, **asked)
         executed = watcher.executed()
+    work = {"dense": steps_of(dense, len(executed.density)), "sparse": sparse}
     runs: list[Run] = []
     number, count = 0, rounds or 0
     while number < (count or 1):
@@ -122,4 +127,4 @@ def take_turns(
                     runs.append(once(kind, way, current))
         number += 1
         count = count or rounds_in(seconds, time.perf_counter() - begin)
-    return runs, executed
+    return runs, executed, work

@@ -11,7 +11,18 @@ from vsparse.measure.latency.rounds import Kind
 from vsparse.measure.latency.timeline import PARTS, SELF_ATTENTION
 from vsparse.optional import require
 
-__all__ = ["KINDS", "between", "parts_table", "phases_table", "sentences", "whole_rows", "whole_table"]
+__all__ = [
+    "KINDS",
+    "between",
+    "parts_table",
+    "phases_table",
+    "predicted_rows",
+    "predicted_table",
+    "rates_words",
+    "sentences",
+    "whole_rows",
+    "whole_table",
+]
 
 KINDS: tuple[Kind, Kind] = ("dense", "sparse")
 _NONE = "\u2013"
@@ -97,6 +108,42 @@ def phases_table(found: Latency) -> Any:
     return table
 
 
+def predicted_rows(found: Latency) -> list[list[str]]:
+    """Part by part: predicted, measured, and the error of the prediction, dense and sparse."""
+    both = [{row.part: row for row in found.predictions(kind)} for kind in KINDS]
+    lines = []
+    for part in (*PARTS, "sum"):
+        cells: list[str] = []
+        for rows in both:
+            row = rows.get(part)
+            cells += [_NONE] * 3 if row is None else [f"{row.seconds:.3f}", f"{row.measured:.3f}", f"{row.error:+.0%}"]
+        if any(cell != _NONE for cell in cells):
+            lines.append([part, *cells])
+    return lines
+
+
+def predicted_table(found: Latency) -> Any:
+    """`predicted_rows`."""
+    head = ("dense", "measured", "error", "sparse", "measured", "error")
+    table = _table("What the cost model predicts", "seconds", *head)
+    for row in predicted_rows(found):
+        table.add_row(*row, style="bold" if row[0] == "sum" else "")
+    table.caption = rates_words(found)
+    return table
+
+
+def rates_words(found: Latency) -> str:
+    """Where the rates come from."""
+    rates = found.rates
+    if rates is None:
+        return ""
+    return (
+        f"Rates of this machine in {rates.dtype}, measured {rates.date[:10]}: {rates.products.flops / 1e9:.3g} GFLOP/s "
+        f"for products, {rates.dense.flops / 1e9:.3g} for full and {rates.sparse.flops / 1e9:.3g} for sparse "
+        f"attention, {rates.memory / 1e9:.3g} GB/s of memory, {rates.call * 1e6:.2g} us for an operator."
+    )
+
+
 def sentences(found: Latency) -> list[str]:
     """What follows from the figures."""
     said = [found.verdict[0].upper() + found.verdict[1:] + "."]
@@ -107,7 +154,7 @@ def sentences(found: Latency) -> list[str]:
     if found.floor is not None:
         said.append(f"Floor: a dense generation took {between(found.floor)} times as long as the one before it.")
     missed = [
-        f"{name} of the {kind} runs is {figure.median:.1%}, the goal is {goal:.0%}"
+        f"{name} of the {kind} runs is {between(figure, '.1%')}, the goal is {goal:.0%}"
         for kind in KINDS
         for name, figure, goal in (
             ("what no part claims", found.gap(kind), GAP_GOAL),
