@@ -31,7 +31,7 @@ from vsparse.measure.latency.timeline import (
 from vsparse.methods import SparseAttention
 from vsparse.patch import Patch
 
-__all__ = ["profiled"]
+__all__ = ["functions", "profiled"]
 
 # What methods call, by the name under which it is looked up when it is called.
 _FUNCTIONS: tuple[tuple[Any, str, str], ...] = (
@@ -81,10 +81,18 @@ def profiled(target: Any, timeline: Timeline, patch: Patch | None = None) -> Ite
         for site in sites.values():
             _follow(site, undo, timeline, CHOOSE)
             _replace(undo, site, "combine", timeline.timed(site.combine, COMBINE))
-        for owner, name, part in _FUNCTIONS:
-            _replace(undo, owner, name, timeline.timed(getattr(owner, name), part))
+        undo.enter_context(functions(timeline))
         stock = nn.functional.scaled_dot_product_attention
         _replace(undo, nn.functional, "scaled_dot_product_attention", timeline.timed(stock, KERNEL, inside=PROJECT))
+        yield
+
+
+@contextlib.contextmanager
+def functions(timeline: Timeline) -> Iterator[None]:
+    """Have a timeline follow only what methods call: packing, kernels, merging, searching."""
+    with contextlib.ExitStack() as undo:
+        for owner, name, part in _FUNCTIONS:
+            _replace(undo, owner, name, timeline.timed(getattr(owner, name), part))
         yield
 
 

@@ -12,18 +12,21 @@ import torch
 from vsparse.measure.demo import environment
 from vsparse.measure.embedded import EMBEDDED, embedded_pipeline
 from vsparse.measure.latency.figures import Latency
+from vsparse.measure.latency.layer import Layer, assumed, case_of, measure_layer, predict_layer, refusal
 from vsparse.measure.latency.page import page
 from vsparse.measure.latency.rates import machine_rates
 from vsparse.measure.latency.rounds import take_turns
-from vsparse.measure.pipelines import load_pipeline
+from vsparse.measure.pipelines import load_pipeline, placed
 from vsparse.measure.recall_report import as_json, write_text
 from vsparse.methods import Method
 from vsparse.schedule import Schedule
 
-__all__ = ["STEPS", "measured", "target", "write"]
+__all__ = ["ROUNDS", "STEPS", "measured", "one_layer", "target", "write", "write_layer"]
 
 STEPS = 6
 """Denoising steps of the embedded pipeline: rounds are worth more than steps."""
+ROUNDS = 9
+"""Of one layer."""
 
 
 def target(model: str | None, *, dtype: str | None = None, device: str | None = None) -> tuple[Any, dict[str, Any]]:
@@ -92,6 +95,53 @@ def measured(
         work=work,
         rates=rates,
     )
+
+
+def one_layer(
+    name: str,
+    method: Method,
+    *,
+    size: Mapping[str, int | None],
+    dtype: str | None = None,
+    device: str | None = None,
+    rounds: int | None = None,
+    again: bool = False,
+    began: Callable[[str, int, int], None] = lambda *_: None,
+) -> Layer:
+    """Predict one attention layer of a configuration, and measure it where that does not take too long.
+
+    Args:
+        name, size: As of `case_of`. method: that runs in it. dtype, device: as of `load_pipeline`. rounds: None: 9.
+        again: measure the rates of the machine anew. began: as of `measured`.
+    """
+    case = case_of(name, **size)
+    where, kind = placed(dtype, device)
+    began("rates", 0, 0)
+    rates = machine_rates(where, kind, again=again)
+    machines = {"here": (rates, kind.itemsize), "H100, assumed": (assumed(), 2)}
+    layout = method.layout(case.grid, case.site)
+    found = Layer(
+        case=case,
+        method=str(method),
+        dtype=str(kind).removeprefix("torch."),
+        density=method.predicted_density(layout, case.site),
+        predicted={machine: predict_layer(case, method, *given) for machine, given in machines.items()},
+    )
+    count = rounds or ROUNDS
+    against = refusal(found.predicted["here"], count, where)
+    if against:
+        return dc.replace(found, refused=against)
+    parts, whole, speeds = measure_layer(
+        case, method, where, kind, rounds=count, began=lambda done, total: began("one layer", done, total)
+    )
+    return dc.replace(found, measured=parts, whole=whole, speeds=speeds)
+
+
+def write_layer(folder: Path, found: Layer) -> Path:
+    """Write the figures of a layer into a folder."""
+    path = folder / "layer.json"
+    write_text(path, as_json({**found.as_json(), "environment": environment()}))
+    return path
 
 
 def write(folder: Path, found: Latency) -> list[Path]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from vsparse.measure.latency.figures import COST_GOAL, GAP_GOAL, Latency
 from vsparse.measure.latency.intervals import Interval
+from vsparse.measure.latency.layer import Layer
 from vsparse.measure.latency.rounds import Kind
 from vsparse.measure.latency.timeline import PARTS, SELF_ATTENTION
 from vsparse.optional import require
@@ -14,6 +15,7 @@ from vsparse.optional import require
 __all__ = [
     "KINDS",
     "between",
+    "layer_table",
     "parts_table",
     "phases_table",
     "predicted_rows",
@@ -163,3 +165,42 @@ def sentences(found: Latency) -> list[str]:
         if figure.median > goal
     ]
     return [*said, *(f"Missed: {words}." for words in missed)]
+
+
+def layer_table(found: Layer) -> Any:
+    """One attention layer: predicted by machine, measured, and the error of the first prediction."""
+    machines = list(found.predicted)
+    table = _table(f"{found.case.name}: {found.method}", "one call", *machines, "measured", "error")
+    errors = found.errors(machines[0])
+    for phase in found.predicted[machines[0]]:
+        wholes = [_time(sum(found.predicted[x][phase].values())) for x in machines]
+        measured = _NONE if found.whole is None else _times(found.whole[phase])
+        error = f"{errors[phase]:+.0%}" if phase in errors else _NONE
+        table.add_row("full attention" if phase == "dense" else phase, *wholes, measured, error, style="bold")
+        for part in PARTS:
+            cells = [found.predicted[x][phase].get(part) for x in machines]
+            seen = None if found.measured is None else found.measured[phase].get(part)
+            if phase != "dense" and (any(cells) or seen is not None):
+                told = [_NONE if x is None else _time(x) for x in cells]
+                table.add_row(f"  {part}", *told, _NONE if seen is None else _times(seen), "")
+    grid = found.case.grid
+    table.caption = (
+        f"{grid.t} x {grid.h} x {grid.w} tokens{f' and {grid.text} of text' if grid.text else ''}, {found.case.heads} "
+        f"heads of {found.case.head_dim}, one sample, {found.dtype} here; predicted density of a sparse call "
+        f"{found.density:.3f}. Measured on noise, without what a method adds after the attention."
+    )
+    return table
+
+
+def _time(seconds: float) -> str:
+    """In s from one second on, else in ms."""
+    if seconds < 1.0:
+        return f"{1e3 * seconds:.4g} ms"
+    return f"{seconds:.4g} s" if seconds < 1e4 else f"{seconds:,.0f} s"
+
+
+def _times(found: Interval) -> str:
+    """``164 ms (163 to 235)`` in the unit of the median."""
+    factor, unit = (1.0, "s") if found.median >= 1.0 else (1e3, "ms")
+    middle, low, high = (f"{factor * x:.3g}" for x in (found.median, found.low, found.high))
+    return f"{middle} {unit} ({low} to {high})"
