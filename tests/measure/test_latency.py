@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
 import inspect
 import itertools
 import json
@@ -263,7 +264,17 @@ def test_what_no_part_claims_and_what_profiling_costs() -> None:
     assert found.cost("sparse").high == pytest.approx(0.1)
     missed = [line for line in tables.sentences(found) if line.startswith("Missed")]
     assert len(missed) == 4
+    assert not [line for line in tables.sentences(found) if line.startswith("Not shown")]
     assert "the cost of profiling of the dense runs is 10.0% (10.0% to 10.0%), the goal is 3%" in missed[1]
+
+
+def test_a_goal_that_the_interval_reaches_beyond_is_not_shown() -> None:
+    found = known()
+    quick = [dc.replace(run, seconds=run.seconds / 1.1) if run.spans else run for run in found.runs]
+    assert not [line for line in tables.sentences(dc.replace(found, runs=quick)) if "cost of profiling" in line]
+    quick[2] = dc.replace(quick[2], seconds=quick[2].seconds * 1.2)
+    (line,) = [line for line in tables.sentences(dc.replace(found, runs=quick)) if "cost of profiling" in line]
+    assert line.startswith("Not shown: the cost of profiling of the dense runs is 0.0%")
 
 
 def test_parts_add_up_to_the_clock_around_them() -> None:

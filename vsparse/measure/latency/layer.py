@@ -16,7 +16,7 @@ from vsparse.geometry import Grid
 from vsparse.measure.latency.intervals import Interval, interval, verdict
 from vsparse.measure.latency.profiler import functions
 from vsparse.measure.latency.rates import Rates
-from vsparse.measure.latency.timeline import CHOOSE, KERNEL, PACK, SEARCH, Clock, Timeline, clock_of
+from vsparse.measure.latency.timeline import CHOOSE, KERNEL, PACK, REST, SEARCH, Clock, Timeline, clock_of
 from vsparse.measure.recall import driven
 from vsparse.measure.scaling import MODELS
 from vsparse.measure.scaling_report import clusters
@@ -210,7 +210,7 @@ def measure_layer(
             module.state.commit("default", None)
         found: dict[str, float] = {}
         for span, seconds in timeline.end().items():
-            if span.part in (KERNEL, CHOOSE, PACK, SEARCH):
+            if span.part != REST:
                 found[span.part] = found.get(span.part, 0.0) + seconds
         return found
 

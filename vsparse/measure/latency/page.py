@@ -74,7 +74,10 @@ def page(found: Latency, more: Sequence[str] = ()) -> str:
         f"<h1>Where the time goes: {html.escape(found.pipeline)}</h1>",
         f"<p>{html.escape('; '.join((found.method, found.schedule, asked, found.device)))}</p>",
         f'<p class="lead" id="verdict">{html.escape(said[0])}</p>',
-        *(f'<p class="{"missed" if x.startswith("Missed") else ""}">{html.escape(x)}</p>' for x in said[1:]),
+        *(
+            f'<p class="{"missed" if x.startswith(("Missed", "Not shown")) else ""}">{html.escape(x)}</p>'
+            for x in said[1:]
+        ),
         "<h2>Whole generations</h2>",
         rows(["", *tables.KINDS], tables.whole_rows(found)),
         f"<p>{found.rounds} rounds. In each, a plain and a profiled generation, dense and sparse, take turns. Figures "
@@ -105,6 +108,11 @@ def page(found: Latency, more: Sequence[str] = ()) -> str:
         "</body></html>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _sentence(words: str) -> str:
+    chosen = "missed" if words.startswith(("Missed", "Not shown")) else ""
+    return f'<p class="{chosen}">{html.escape(words)}</p>'
 
 
 def _parts(found: Latency) -> str:

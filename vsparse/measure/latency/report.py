@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vsparse.host import find_roots
 from vsparse.measure.demo import environment
 from vsparse.measure.embedded import EMBEDDED, embedded_pipeline
 from vsparse.measure.latency.figures import Latency
@@ -79,7 +80,8 @@ def measured(
         pipe, method, schedule, {**asked, "prompt": prompt, "seed": seed}, seconds=seconds, rounds=rounds, began=told
     )
     began("rates", over, over)
-    rates = machine_rates(torch.device(pipe.device), pipe.transformer.dtype, again=again)
+    model: Any = find_roots(pipe)[1][0].module
+    rates = machine_rates(torch.device(pipe.device), model.dtype, again=again)
     device, where = torch.device(pipe.device), environment()
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else f"{where['cpu']}, {where['threads']} threads"

@@ -113,8 +113,10 @@ def take_turns(
         executed = watcher.executed()
     work = {"dense": steps_of(dense, len(executed.density)), "sparse": sparse}
     runs: list[Run] = []
-    number, count = 0, rounds or 0
+    number, count, started = 0, rounds or 0, time.perf_counter()
     while number < (count or 1):
+        if rounds is None and number >= LEAST and time.perf_counter() - started > seconds:
+            break  # the machine has become slower than it was in the first round
         begin = time.perf_counter()
         order = orders(number)
         for kind in dict.fromkeys(kind for kind, _ in order):
