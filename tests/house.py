@@ -44,7 +44,7 @@ STANDS_ON = {
     "kernels/block_mass": frozenset({"kernels/block_sparse"}),  # the search is attention and its mass
     "kernels/gather": frozenset({"kernels/block_sparse"}),  # the transpose of a map, and what a backward prepares
 }
-ROOF = frozenset({"training", "measure", "cli", "cli_options", "__main__"})
+ROOF = frozenset({"training", "measure", "cli", "__main__"})
 SIDES = ("kernels", "integrations")
 LOADERS = frozenset({"vsparse/backend.py", "vsparse/host.py"})  # the two that import kernels and hosts by string
 
@@ -205,7 +205,7 @@ def spelling(source: Source) -> Iterator[str]:
 
 def third_parties(source: Source) -> Iterator[str]:
     """On import: torch, a kernel's compiler, a host's package, the command's two. In functions: what is declared."""
-    head = {"typer", "rich"} if source.unit in ("cli", "cli_options") else set()
+    head = {"typer", "rich"} if source.unit == "cli" else set()
     if source.beside:
         head = {"triton"} if source.unit.startswith("kernels/") else {source.unit.partition("/")[2]}
     for found in imports(source):

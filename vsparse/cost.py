@@ -8,7 +8,7 @@ from vsparse.layouts import Layout
 from vsparse.methods.base import Method, Site
 from vsparse.schedule import Phase, Schedule
 
-__all__ = ["AttentionCost", "attention_cost"]
+__all__ = ["AttentionCost", "attention_cost", "attention_flops"]
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -28,14 +28,18 @@ class AttentionCost:
     sparse_density: float
 
 
+def attention_flops(layout: Layout, site: Site, batch: int, density: float | None = None) -> float:
+    """FLOPs of one call: ``4 H N^2 D`` of full attention; with a density ``4 H S^2 D`` times it, padding included."""
+    pairs = layout.tokens**2 if density is None else layout.slots**2 * density
+    return 4.0 * batch * site.heads * site.head_dim * pairs
+
+
 def attention_cost(
     method: Method, schedule: Schedule, sites: list[tuple[Site, Layout]], *, steps: int | None, batch: int
 ) -> AttentionCost:
     """Predict the cost of one generation.
 
-    Dense attention is ``4 H N^2 D`` FLOPs; sparse attention computes ``density`` of the pairs on padded slots, so it
-    costs ``4 H S^2 D`` times the density: the padding of ragged tiles counts. A call that gives a cached output again
-    computes nothing.
+    The padding of ragged tiles counts (`attention_flops`). A call that gives a cached output again computes nothing.
 
     Args:
         sites: Each site with its layout. steps: denoising steps; None: one call without a step rule.
@@ -44,7 +48,6 @@ def attention_cost(
     dense = sparse = search = pairs = densities = 0.0
     rounds = 1 if steps is None else steps
     for site, layout in sites:
-        unit = 4.0 * batch * site.heads * site.head_dim
         chosen, density = method.of(site), method.of(site).predicted_density(layout, site)
         densities += density
         searches: dict[Phase, float] = {}  # asked once, as a method may count in its map
@@ -54,7 +57,7 @@ def attention_cost(
             phase = method.phase(schedule, step=known, steps=steps, layer=site.layer, filled=filled, stamp=stamp)
             if phase in chosen.state_phases:
                 filled, stamp = True, known
-            full = unit * layout.tokens**2
+            full = attention_flops(layout, site, batch)
             dense += full
             if phase == "output":
                 continue
@@ -63,7 +66,7 @@ def attention_cost(
             extra = searches[phase]
             exact = phase in chosen.exact_phases
             pairs += full if exact else full * density
-            sparse += extra + (full if exact else unit * layout.slots**2 * density)
+            sparse += extra + (full if exact else attention_flops(layout, site, batch, density))
             search += extra
     return AttentionCost(
         dense=dense,

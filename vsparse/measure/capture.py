@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from vsparse.methods import Method, Site, SparseAttention
 from vsparse.optional import require
 from vsparse.patch import Patch, apply
 
-__all__ = ["Seen", "capture", "random_map"]
+__all__ = ["Seen", "capture", "random_map", "tapped"]
 
 MOST_TOKENS = 20_000
 STEPS = 5
@@ -48,17 +48,18 @@ def capture(patch: Patch, *, layers: tuple[int, ...] | None = None) -> Iterator[
     seen: list[Seen] = []
     with contextlib.ExitStack() as stack:
         for site in chosen:
-            stack.enter_context(_tapped(site, seen))
+            stack.enter_context(tapped(site, _noting(site, seen)))
         yield seen
 
 
 @contextlib.contextmanager
-def _tapped(sparse: SparseAttention, seen: list[Seen]) -> Iterator[None]:
+def tapped(sparse: SparseAttention, told: Callable[[BlockMap, int], None]) -> Iterator[None]:
+    """Hear of every map that a site executes inside the block, and of the batch."""
     report = sparse.tally
 
     def tally(blocks: BlockMap, batch: int, *more: BlockMap) -> None:
-        step = -1 if sparse.call is None else int(sparse.call.step)
-        seen.extend(Seen(site=sparse.site, step=step, phase=sparse.phase, blocks=one) for one in (blocks, *more))
+        for one in (blocks, *more):
+            told(one, batch)
         report(blocks, batch, *more)
 
     sparse.tally = tally  # type: ignore[method-assign]
@@ -66,6 +67,14 @@ def _tapped(sparse: SparseAttention, seen: list[Seen]) -> Iterator[None]:
         yield
     finally:
         del sparse.tally
+
+
+def _noting(sparse: SparseAttention, seen: list[Seen]) -> Callable[[BlockMap, int], None]:
+    def told(blocks: BlockMap, _: int) -> None:
+        step = -1 if sparse.call is None else int(sparse.call.step)
+        seen.append(Seen(site=sparse.site, step=step, phase=sparse.phase, blocks=blocks))
+
+    return told
 
 
 def random_map(method: Method, grid: Grid, *, heads: int = 4, seed: int = 0) -> Seen:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from vsparse.methods import SparseAttention
 
-__all__ = ["PARTS", "Meter"]
+__all__ = ["PARTS", "Meter", "full_attention"]
 
 PARTS = ("layers", "attention", "method")
 BACKWARD = 2.5  # five products for the two of the forward: the logits are computed once more
@@ -71,7 +71,7 @@ class Meter(TorchDispatchMode):
                 self._note(x.untyped_storage())
         name = func._schema.name
         if "_scaled_dot_product_" in name:
-            self.flops["attention"] += _full_attention(args, backward=name.endswith("_backward"))
+            self.flops["attention"] += full_attention(args, backward=name.endswith("_backward"))
         elif func._overloadpacket in flop_registry:
             self.flops[self._part] += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
@@ -127,7 +127,7 @@ class Meter(TorchDispatchMode):
         self._part = "method"
 
 
-def _full_attention(args: Any, *, backward: bool) -> float:
+def full_attention(args: Any, *, backward: bool) -> float:
     """FLOPs of a fused full attention over ``[B, H, N, D]``; the backward is given the gradient first."""
     q, k = args[1:3] if backward else args[:2]
     flops: float = 4.0 * q.shape[:-1].numel() * k.shape[-2] * q.shape[-1]

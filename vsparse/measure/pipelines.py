@@ -15,7 +15,7 @@ from torch import Tensor
 from vsparse.measure.video import check_output
 from vsparse.optional import require
 
-__all__ = ["check_pipeline", "generate", "load_pipeline", "outputs"]
+__all__ = ["check_pipeline", "generate", "load_pipeline", "outputs", "placed"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,10 +44,7 @@ def load_pipeline(model: str, *, dtype: str | None = None, device: str | None = 
     """
     diffusers = require("diffusers", "diffusers")
     require("transformers", "diffusers")
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    target = _device(device)
-    chosen = _DTYPES[dtype] if dtype else torch.bfloat16 if target.type == "cuda" else torch.float32
+    target, chosen = placed(dtype, device)
     if offload and target.type == "cpu":
         raise ValueError("offload keeps idle parts in CPU memory while a GPU computes; here the CPU computes")
     check_pipeline(model)
@@ -62,6 +59,14 @@ def load_pipeline(model: str, *, dtype: str | None = None, device: str | None = 
         pipe.enable_model_cpu_offload(device=target)
         return pipe
     return pipe.to(target)
+
+
+def placed(dtype: str | None, device: str | None) -> tuple[torch.device, torch.dtype]:
+    """The device and the dtype that are meant, as of `load_pipeline`."""
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    target = _device(device)
+    return target, _DTYPES[dtype] if dtype else torch.bfloat16 if target.type == "cuda" else torch.float32
 
 
 def check_pipeline(model: str) -> None:

@@ -69,17 +69,19 @@ def driven(method: Method, sample: Sample, *, layer: int = 0) -> tuple[SparseAtt
     """A site of a method without a model, and the call that a model would give it for a sample."""
     heads, width = sample.q.shape[2:]
     site = Site.alone(heads=heads, head_dim=width, layer=layer)
-    layout = method.layout(sample.grid, site)
+    device = sample.q.device
+    layout = method.layout(sample.grid, site).to(device)
     blocking, static = layout.bind(sample.text_length), method.static_map(layout, site)
-    module = method.build(site)
+    with device:
+        module = method.build(site)
     module.peak_density = method.call_density()
     call = Call(
         layout=layout,
         blocking=blocking,
         static=None if static is None else dc.replace(static, q=blocking, k=blocking),
         text_length=sample.text_length,
-        step=torch.tensor(0),
-        density=torch.tensor(method.call_density(), dtype=torch.float64),
+        step=torch.tensor(0, device=device),
+        density=torch.tensor(method.call_density(), dtype=torch.float64, device=device),
     )
     module.call = call
     module.state.bind(module.state.version("default"))

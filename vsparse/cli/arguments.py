@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from vsparse.cli.common import typer
 
 __all__ = [
     "INSIDE",

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated
 
-try:
-    import typer
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-except ImportError as missing:
-    raise ImportError(f'the vsparse command needs typer and rich: pip install "vsparse[cli]" ({missing})') from missing
-
-from vsparse.cli_options import (
+from vsparse.cli import latency as latency_command
+from vsparse.cli.arguments import (
     INSIDE,
     SEE,
     SPARSITY,
@@ -46,10 +38,9 @@ from vsparse.cli_options import (
     Steps,
     Width,
 )
+from vsparse.cli.common import Console, console, errors, flags, plainly, progress_bar, quiet, typer
 
-__all__ = ["app", "main"]
-
-P = ParamSpec("P")
+__all__ = ["INSIDE", "SEE", "USE", "app", "console", "errors", "main"]
 
 app = typer.Typer(
     name="vsparse",
@@ -59,9 +50,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     pretty_exceptions_enable=False,
 )
-console = Console()
-errors = Console(stderr=True)
-flags = {"debug": False}
 
 
 def main() -> None:
@@ -98,46 +86,6 @@ def _root(
     flags["debug"] = debug
 
 
-def plainly(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn errors that the library raises on purpose into one red sentence and exit code 2."""
-
-    @functools.wraps(command)
-    def _run(*args: P.args, **kwargs: P.kwargs) -> None:
-        if flags["debug"]:
-            return command(*args, **kwargs)
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", category=FutureWarning)
-                warnings.filterwarnings("ignore", module="huggingface_hub")
-                warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # norms in float32
-                return command(*args, **kwargs)
-        except (ValueError, NotImplementedError, ImportError, OSError, RuntimeError) as error:
-            errors.print(f"vsparse: {error}", style="bold red", markup=False, highlight=False)
-        except KeyboardInterrupt:
-            errors.print("vsparse: interrupted", style="bold red")
-        raise typer.Exit(2)
-
-    return _run
-
-
-# ---- what several commands share ---------------------------------------------------------------------------------
-
-
-def _quiet() -> None:
-    """Leave the terminal to us: no progress bars or warnings of the libraries that load models."""
-    from vsparse.optional import require
-
-    for name in ("diffusers", "transformers"):
-        logging = require(f"{name}.utils.logging", "diffusers")
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console)
-
-
 # ---- see it work -------------------------------------------------------------------------------------------------
 
 
@@ -168,11 +116,11 @@ def demo(
     wanted = [*work.trials(keys or None), *work.FLOORS]
     clip = dc.replace(EMBEDDED, steps=steps, frames=frames)
     with console.status("loading the embedded pipeline"):
-        _quiet()
+        quiet()
         pipe = embedded_pipeline()
         pipe.set_progress_bar_config(disable=True)
     console.print(f"[bold]{type(pipe).__name__}[/bold], a stock diffusers pipeline; prompt: {prompt!r}, seed {seed}")
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("", total=(1 + len(wanted)) * steps)
         runs = work.run_demo(
             pipe,
@@ -241,7 +189,7 @@ def generate(
     schedule = options.schedule(chosen, dense_steps, dense_layers, search_at)
     targets = pipelines.outputs(output, len(prompt))
     parallel = parse(context_parallel) if context_parallel else ContextParallel()
-    _quiet()
+    quiet()
     with contextlib.ExitStack() as stack:
         rank, own_device = stack.enter_context(joined(parallel))
         console.quiet = rank > 0  # the others do the same work in silence
@@ -251,7 +199,7 @@ def generate(
         patch = stack.enter_context(apply(pipe, chosen, schedule=schedule, parallel=parallel, strict=not lenient))
         console.print(f"{type(pipe).__name__}: {len(patch.plan.sites)} attention layers, {chosen}")
         for text, target in zip(prompt, targets, strict=True):
-            with _progress() as progress:
+            with progress_bar() as progress:
                 task = progress.add_task(text[:60], total=steps)
                 video = pipelines.generate(
                     pipe,
@@ -294,7 +242,7 @@ def finetune(
     if predict:
         from vsparse.training import predict_report
 
-        _quiet()
+        quiet()
         with console.status("running a step without values"):
             tables = predict_report.tables(told)
         for table in tables:
@@ -304,7 +252,7 @@ def finetune(
     from vsparse.training.progress import Shown
 
     first = make_accelerator().is_main_process
-    _quiet()
+    quiet()
     with Shown(console if first else Console(quiet=True), told.train.steps) as shown:
         result = work.finetune(told, told=shown)
     if first:
@@ -342,7 +290,7 @@ def plan(
 
     chosen = options.method(method, settings)
     several = options.several(gpus, rates, links, gpu_memory, sized=None not in (height, width, frames))
-    _quiet()
+    quiet()
     target = skeleton(model)
     schedule = options.schedule(chosen, dense_steps, dense_layers, search_at)
     size = {"height": height, "width": width, "num_frames": frames}
@@ -435,10 +383,13 @@ def draw(
     t, h, w = options.sizes(grid, "--grid")
     lattice = Grid(t=t, h=h, w=w, text_before=text_before, text_after=text_after)
     edges = None if tile is None else options.sizes(tile, "--tile")
-    _quiet()
+    quiet()
     with console.status("running the model"):
         written = drawing.draw_both(
             output, chosen, lattice, layout=layout, tile=edges, block=block, layer=layer, random=random, seed=seed
         )
     for line in written:
         console.print(line, highlight=False)
+
+
+app.command(rich_help_panel=INSIDE)(latency_command.latency)

@@ -1,0 +1,134 @@
+"""``vsparse latency``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+from vsparse.cli.arguments import (
+    MACHINE,
+    VIDEO,
+    DenseLayers,
+    DenseSteps,
+    Device,
+    Dtype,
+    Frames,
+    Height,
+    MethodKey,
+    SearchAt,
+    Seed,
+    Settings,
+    Steps,
+    Width,
+)
+from vsparse.cli.common import console, plainly, progress_bar, quiet, typer
+
+__all__ = ["latency"]
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar that says what runs, how much of it is over, and how much there is (0: not known yet)."""
+    with progress_bar() as progress:
+        task = progress.add_task("", total=None)
+
+        def began(name: str, done: int, all_of_them: int) -> None:
+            progress.update(task, description=name.ljust(18), completed=done, total=all_of_them or None)
+
+        yield began
+
+
+@plainly
+def latency(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="Folder or hub name of a pipeline; none: the embedded one.", show_default=False
+        ),
+    ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help='One attention layer: "Wan 2.1 14B, 720p", or a transformer\'s class name and a size.'
+        ),
+    ] = None,
+    method: MethodKey = "adaspa",
+    settings: Settings = [],  # noqa: B006 (typer copies it)
+    dense_steps: DenseSteps = None,
+    dense_layers: DenseLayers = None,
+    search_at: SearchAt = None,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to show.", rich_help_panel=VIDEO)
+    ] = "a red circle moving right on a dark background",
+    seed: Seed = 0,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    steps: Steps = None,
+    seconds: Annotated[float, typer.Option(metavar="S", min=0, help="About how long to measure.")] = 60.0,
+    rounds: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Rounds, instead; a median needs 6 for its interval.")
+    ] = None,
+    fresh_rates: Annotated[
+        bool, typer.Option("--fresh-rates", help="Measure the rates of this machine anew.", rich_help_panel=MACHINE)
+    ] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="For the report.")] = Path("out/latency"),
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Say where the time of a generation goes, dense and sparse, measured in turn in one run.
+
+    `vsparse latency --method vsa -s density=0.25 -s tile=1x8x8`
+
+    `vsparse latency --layer "Wan 2.1 14B, 720p" -m vsa -s density=0.1`
+
+    `vsparse latency ./my-wan -m adaspa --height 480 --width 832 --frames 81 --steps 50 --rounds 6`
+    """
+    from vsparse.measure import options
+    from vsparse.measure.latency import report, tables
+    from vsparse.measure.video import check_folder
+
+    folder = check_folder(out)
+    chosen = options.method(method, settings)
+    schedule = options.schedule(chosen, dense_steps, dense_layers, search_at)
+    size = {"height": height, "width": width, "frames": frames}
+    quiet()
+    if layer is not None:
+        if model is not None:
+            raise ValueError(f"give MODEL or --layer, not both; got {model!r} and {layer!r}")
+        with _told() as began:
+            one = report.one_layer(
+                layer, chosen, size=size, dtype=dtype, device=device, rounds=rounds, again=fresh_rates, began=began
+            )
+        console.print(tables.layer_table(one))
+        for phase, words in one.verdicts().items():
+            console.print(f"{phase}: {words}.", highlight=False)
+        if one.refused:
+            console.print(one.refused, style="yellow", highlight=False)
+        console.print(f"wrote {report.write_layer(folder, one)}", highlight=False, soft_wrap=True)
+        return
+    with console.status("loading the pipeline"):
+        pipe, clip = report.target(model, dtype=dtype, device=device)
+    given = {**size, "steps": steps}
+    asked = {**clip, **{name: value for name, value in given.items() if value is not None}}
+    with _told() as began:
+        found = report.measured(
+            pipe,
+            chosen,
+            schedule,
+            asked,
+            prompt=prompt,
+            seed=seed,
+            seconds=seconds,
+            rounds=rounds,
+            again=fresh_rates,
+            began=began,
+        )
+    for make in (tables.whole_table, tables.parts_table, tables.phases_table, tables.predicted_table):
+        console.print(make(found))
+    for line in tables.sentences(found):
+        console.print(line, highlight=False)
+    for path in report.write(folder, found):
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,173 @@
+"""How fast this machine computes: measured once for each device and dtype, and kept in the user's cache."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import importlib.metadata
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from vsparse import ops, select
+from vsparse.geometry import Grid
+from vsparse.layouts import RasterLayout
+from vsparse.measure.demo import environment
+from vsparse.measure.latency.timeline import clock_of
+from vsparse.measure.recall_report import as_json, write_text
+from vsparse.parallel.rates import Rate, fit_compute
+
+__all__ = ["Rates", "cache_file", "machine_rates", "measure_rates"]
+
+_TURNS = 5
+_DENSITY = 0.25
+_BLOCK = 64
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Of one device in one dtype.
+
+    Args:
+        device: Its name. dtype: of the operands. date: when they were measured, or "" for assumed ones.
+        products: Matrix products. dense: full attention. sparse: `block_sparse_attention`, of the pairs it computes.
+        memory: Bytes per second that a copy reads and writes. call: seconds of an operator that does next to nothing.
+    """
+
+    device: str
+    dtype: str
+    date: str
+    products: Rate
+    dense: Rate
+    sparse: Rate
+    memory: float
+    call: float
+
+    def __post_init__(self) -> None:
+        for name in ("memory", "call"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"Rates: {name} must be a finite number, positive, got {value!r}")
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Rates:
+        """From what `dataclasses.asdict` made.
+
+        Raises:
+            TypeError, ValueError: it is not that.
+        """
+        rates = {name: Rate(**values[name]) for name in ("products", "dense", "sparse")}
+        return cls(**{**values, **rates})
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Time products, attention, sparse attention and copies of a few sizes; seconds on a GPU and on a CPU."""
+    gpu = device.type == "cuda"
+    clock = clock_of(device)
+    draw = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw).to(device, dtype)
+
+    def seconds(call: Callable[[], object], repeats: int = 1) -> float:
+        call()
+        taken = []
+        for _ in range(_TURNS):
+            start = clock.now()
+            for _ in range(repeats):
+                call()
+            taken.append((clock.now() - start) / repeats)
+        return median(taken)
+
+    with torch.no_grad():
+        products = []
+        for size in (1024, 4096, 8192) if gpu else (128, 512, 1024):
+            x, w = noise(size, size), noise(size, size)
+            products.append((2.0 * size**3, seconds(lambda x=x, w=w: F.linear(x, w), 8)))  # type: ignore[misc]
+        heads, width = (8, 128) if gpu else (2, 64)
+        dense, sparse = [], []
+        for blocks in (64, 128, 256) if gpu else (12, 24, 48):
+            tokens = blocks * _BLOCK
+            q, k, v = (noise(1, tokens, heads, width) for _ in range(3))
+            turned = [x.transpose(1, 2) for x in (q, k, v)]
+            pairs = 4.0 * heads * tokens**2 * width
+            call = lambda turned=turned: F.scaled_dot_product_attention(*turned)  # noqa: E731
+            dense.append((pairs, seconds(call, 2)))
+            blocking = RasterLayout(Grid(t=1, h=blocks, w=_BLOCK), block=_BLOCK).to(device).bind()
+            scores = torch.rand(1, heads, blocks, blocks, generator=draw).to(device)
+            kept = round(_DENSITY * blocks)
+            chosen = select.top_k(scores, blocking, count=kept, capacity=kept)
+            some = lambda q=q, k=k, v=v, chosen=chosen: ops.block_sparse_attention(q, k, v, chosen)  # noqa: E731
+            sparse.append((pairs * kept / blocks, seconds(some, 2)))
+        block = noise(2**28 // dtype.itemsize if gpu else 2**22 // dtype.itemsize)
+        copy = seconds(lambda: block.clone(), 4)
+        one = noise(1)
+        call_seconds = seconds(lambda: one + one, 200)
+    fitted = [fit_compute(*zip(*found, strict=True)) for found in (products, dense, sparse)]
+    return Rates(
+        device=_name(device),
+        dtype=_word(dtype),
+        date=environment()["date"],
+        products=fitted[0],
+        dense=fitted[1],
+        sparse=fitted[2],
+        memory=2.0 * block.nbytes / copy,
+        call=call_seconds,
+    )
+
+
+def cache_file() -> Path:
+    """Where rates are kept: beside torch's own caches, which follow the conventions of the platform."""
+    return Path(torch.hub.get_dir()).parent / "vsparse" / "rates.json"
+
+
+def machine_rates(device: torch.device, dtype: torch.dtype, *, again: bool = False) -> Rates:
+    """The rates of a device: those that are kept, or measured now and then kept.
+
+    They hold for one device, dtype, number of threads, and versions of torch and vsparse.
+
+    Args:
+        again: Measure also where some are kept.
+    """
+    path, key = cache_file(), _key(device, dtype)
+    kept = _kept(path)
+    if not again and key in kept:
+        try:
+            return Rates.read(kept[key])
+        except (TypeError, ValueError, KeyError):
+            pass  # another version's, or damaged: measured anew
+    found = measure_rates(device, dtype)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, as_json({**kept, key: dc.asdict(found)}))
+    except OSError as error:
+        warnings.warn(f"vsparse: the rates of this machine could not be kept in {path}: {error}", stacklevel=2)
+    return found
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(environment()["cpu"])
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _key(device: torch.device, dtype: torch.dtype) -> str:
+    threads = f"{torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    version = importlib.metadata.version("vsparse")
+    return ", ".join(x for x in (_name(device), _word(dtype), threads, f"torch {torch.__version__}", version) if x)

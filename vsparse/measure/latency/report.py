@@ -1,0 +1,154 @@
+"""What ``vsparse latency`` does: load, measure, write."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vsparse.host import find_roots
+from vsparse.measure.demo import environment
+from vsparse.measure.embedded import EMBEDDED, embedded_pipeline
+from vsparse.measure.latency.figures import Latency
+from vsparse.measure.latency.layer import Layer, assumed, case_of, measure_layer, predict_layer, refusal
+from vsparse.measure.latency.page import page
+from vsparse.measure.latency.rates import machine_rates
+from vsparse.measure.latency.rounds import take_turns
+from vsparse.measure.pipelines import load_pipeline, placed
+from vsparse.measure.recall_report import as_json, write_text
+from vsparse.methods import Method
+from vsparse.schedule import Schedule
+
+__all__ = ["ROUNDS", "STEPS", "measured", "one_layer", "target", "write", "write_layer"]
+
+STEPS = 6
+"""Denoising steps of the embedded pipeline: rounds are worth more than steps."""
+ROUNDS = 9
+"""Of one layer."""
+
+
+def target(model: str | None, *, dtype: str | None = None, device: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """A pipeline, and the size of video that it is asked for where nothing else is said.
+
+    Args:
+        model: As of `load_pipeline`; None: the embedded pipeline, on the CPU. dtype, device: as there.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: as of `load_pipeline`; a dtype or device for the embedded pipeline.
+    """
+    if model is None:
+        if dtype is not None or device is not None:
+            raise ValueError("--dtype and --device go with a MODEL; the embedded pipeline runs in float32 on the CPU")
+        pipe, clip = embedded_pipeline(), dc.asdict(dc.replace(EMBEDDED, steps=STEPS))
+    else:
+        pipe, clip = load_pipeline(model, dtype=dtype, device=device), {}
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, clip
+
+
+def measured(
+    pipe: Any,
+    method: Method,
+    schedule: Schedule,
+    asked: Mapping[str, Any],
+    *,
+    prompt: str,
+    seed: int,
+    seconds: float,
+    rounds: int | None = None,
+    again: bool = False,
+    began: Callable[[str, int, int], None] = lambda *_: None,
+) -> Latency:
+    """Measure a pipeline, dense and with a method.
+
+    Args:
+        pipe: It is left as it came. method, schedule: as of `vsparse.apply`. asked: size, frames, steps, guidance.
+        seconds, rounds: as of `take_turns`. again: measure the rates of the
+            machine anew. began: told what runs, how many runs are over, and how many there will be.
+    """
+    over = 0
+
+    def told(name: str, count: int) -> None:
+        nonlocal over
+        began(name, over, 4 * count)
+        over += name not in ("warm-up", "densities")
+
+    runs, executed, work = take_turns(
+        pipe, method, schedule, {**asked, "prompt": prompt, "seed": seed}, seconds=seconds, rounds=rounds, began=told
+    )
+    began("rates", over, over)
+    model: Any = find_roots(pipe)[1][0].module
+    rates = machine_rates(torch.device(pipe.device), model.dtype, again=again)
+    device, where = torch.device(pipe.device), environment()
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"{where['cpu']}, {where['threads']} threads"
+    return Latency(
+        pipeline=type(pipe).__name__,
+        method=str(method),
+        schedule=str(schedule),
+        asked={**asked, "prompt": prompt, "seed": seed},
+        device=name,
+        runs=runs,
+        executed=executed,
+        environment=where,
+        work=work,
+        rates=rates,
+    )
+
+
+def one_layer(
+    name: str,
+    method: Method,
+    *,
+    size: Mapping[str, int | None],
+    dtype: str | None = None,
+    device: str | None = None,
+    rounds: int | None = None,
+    again: bool = False,
+    began: Callable[[str, int, int], None] = lambda *_: None,
+) -> Layer:
+    """Predict one attention layer of a configuration, and measure it where that does not take too long.
+
+    Args:
+        name, size: As of `case_of`. method: that runs in it. dtype, device: as of `load_pipeline`. rounds: None: 9.
+        again: measure the rates of the machine anew. began: as of `measured`.
+    """
+    case = case_of(name, **size)
+    where, kind = placed(dtype, device)
+    began("rates", 0, 0)
+    rates = machine_rates(where, kind, again=again)
+    machines = {"here": (rates, kind.itemsize), "H100, assumed": (assumed(), 2)}
+    layout = method.layout(case.grid, case.site)
+    found = Layer(
+        case=case,
+        method=str(method),
+        dtype=str(kind).removeprefix("torch."),
+        density=method.predicted_density(layout, case.site),
+        predicted={machine: predict_layer(case, method, *given) for machine, given in machines.items()},
+    )
+    count = rounds or ROUNDS
+    against = refusal(found.predicted["here"], count, where)
+    if against:
+        return dc.replace(found, refused=against)
+    parts, whole, speeds = measure_layer(
+        case, method, where, kind, rounds=count, began=lambda done, total: began("one layer", done, total)
+    )
+    return dc.replace(found, measured=parts, whole=whole, speeds=speeds)
+
+
+def write_layer(folder: Path, found: Layer) -> Path:
+    """Write the figures of a layer into a folder."""
+    path = folder / "layer.json"
+    write_text(path, as_json({**found.as_json(), "environment": environment()}))
+    return path
+
+
+def write(folder: Path, found: Latency) -> list[Path]:
+    """Write the report into a folder; each file is whole or not there."""
+    written = {folder / "latency.json": as_json(found.as_json()), folder / "latency.html": page(found)}
+    for path, text in written.items():
+        write_text(path, text)
+    return list(written)
