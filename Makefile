@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 TRITON := $(shell grep '^triton==' constraints.txt)
 PIP   := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --constraint $(VENV)/constraints.txt
-PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # The oldest supported diffusers, from the floor that pyproject.toml states; it stands in a folder beside the pinned one.
 OLDEST := $(shell sed -n 's/.*"diffusers>=\([0-9.]*\)".*/\1/p' pyproject.toml | head -n 1)

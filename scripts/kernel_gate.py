@@ -90,10 +90,19 @@ def run(cases: list[Case], console: Console) -> tuple[list[tuple[Case, Figures]]
     return [(case, done[case]) for case in cases if case in done], failed
 
 
+def in_turn(cases: list[Case]) -> list[Case]:
+    """Of the cases that differ in their architecture alone one each, another one each time."""
+    found: dict[Case, list[Case]] = {}
+    for case in cases:
+        found.setdefault(dc.replace(case, arch=0), []).append(case)
+    return [alike[i % len(alike)] for i, alike in enumerate(found.values())]
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, action="append", help="only these; may be repeated")
     parser.add_argument("--all", action="store_true", help="every architecture and size of block-sparse attention")
+    parser.add_argument("--turns", action="store_true", help="each kernel on one of the architectures, in turn")
     parser.add_argument("--json", type=Path, help="also write all figures here")
     parser.add_argument("--write", action="store_true", help="make these figures the baseline, if no limit is broken")
     return parser.parse_args()
@@ -109,6 +118,8 @@ def main() -> int:
     start = time.perf_counter()
     console = Console() if sys.stdout.isatty() else Console(width=150)
     cases = shipped(tuple(given.arch or (ARCHITECTURES if given.all else (80, 90))), given.all)
+    if given.turns:
+        cases = in_turn(cases)
     with tempfile.TemporaryDirectory() as cache:
         os.environ |= {"TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}  # for the workers: nothing is compiled here
         measured, problems = run(cases, console)

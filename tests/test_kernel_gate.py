@@ -39,9 +39,20 @@ def run(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess
 
 
 @pytest.mark.slow
-def test_the_shipped_kernels_pass() -> None:
-    told = run()
+@pytest.mark.parametrize("which", [["--turns"], pytest.param([], marks=pytest.mark.full)], ids=["in turn", "all"])
+def test_the_shipped_kernels_pass(which: list[str]) -> None:
+    told = run(*which)
     assert told.returncode == 0, told.stdout + told.stderr
+
+
+def test_in_turn_every_kernel_is_compiled_once() -> None:
+    both = cases.shipped((80, 90), False)
+    found = gate.in_turn(both)
+    forms = [dc.replace(case, arch=0) for case in found]
+    assert len(set(forms)) == len(forms)
+    assert set(forms) == {dc.replace(case, arch=0) for case in both}
+    counts = [sum(case.arch == arch for case in found) for arch in (80, 90)]
+    assert min(counts) >= len(found) // 3, counts
 
 
 def test_interpreted_kernels_are_refused() -> None:

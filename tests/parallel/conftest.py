@@ -1,4 +1,4 @@
-"""The four processes of the tests of context parallelism; a task that needs two makes pairs of them."""
+"""The four processes of the tests of context parallelism, and a pair for what many tests do with two."""
 
 from __future__ import annotations
 
@@ -12,4 +12,10 @@ from processes import Get
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Get]:
     with processes.pool(4) as get:
+        yield get
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Get]:
+    with processes.pool(2) as get:
         yield get

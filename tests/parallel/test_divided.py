@@ -30,13 +30,14 @@ def _all(settings: Iterable[str]) -> list[Row]:
     return [row for row in itertools.product(rows.HOSTS, rows.METHODS, settings) if _fits(*row[1:])]
 
 
-def _thin(settings: tuple[str, ...], methods: int) -> list[Any]:
-    """Some methods on Wan, each in one setting, and every other host in every setting with one method."""
+def _thin(settings: tuple[str, ...], methods: int, each: int) -> list[Any]:
+    """Some methods on Wan, each in one setting, and every other host in some settings with one method each."""
     turns, kept = itertools.cycle(settings), set()
     for method in list(rows.METHODS)[-methods:]:
         kept.add(("wan", method, next(x for x in turns if _fits(method, x))))
     chosen = itertools.cycle(reversed([x for x in rows.METHODS if x not in (*ORDERS, *BY_HEAD, "unicp", "adaspa")]))
-    kept |= {(host, next(chosen), x) for host in rows.HOSTS if host != "wan" for x in settings[:3]}
+    turns = itertools.cycle(settings)
+    kept |= {(host, next(chosen), next(turns)) for host in rows.HOSTS if host != "wan" for _ in range(each)}
     return [row if row in kept else pytest.param(*row, marks=pytest.mark.full) for row in _all(settings)]
 
 
@@ -48,12 +49,12 @@ def _check(get: Get, host: str, method: str, setting: str) -> None:
     assert all(max(one.values()) <= 2 for one in found), found
 
 
-@pytest.mark.parametrize(("host", "method", "setting"), _thin(PAIRS, len(rows.METHODS)))
-def test_two_processes(pool: Get, host: str, method: str, setting: str) -> None:
-    _check(pool, host, method, setting)
+@pytest.mark.parametrize(("host", "method", "setting"), _thin(PAIRS, len(rows.METHODS), 3))
+def test_two_processes(pair: Get, host: str, method: str, setting: str) -> None:
+    _check(pair, host, method, setting)
 
 
-@pytest.mark.parametrize(("host", "method", "setting"), _thin(FOURS, 5))
+@pytest.mark.parametrize(("host", "method", "setting"), _thin(FOURS, 5, 1))
 def test_four_processes(pool: Get, host: str, method: str, setting: str) -> None:
     _check(pool, host, method, setting)
 
