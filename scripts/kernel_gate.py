@@ -4,7 +4,8 @@ Each kernel is compiled ahead of time with the arguments that the launcher would
 on a first launch. Read from the result: registers, spills, shared memory, programs per multiprocessor, matrix products,
 the width of copies, and how far copies run ahead of the loop. The limits of block-sparse attention stand beside each
 configuration in `kernels/block_sparse/tuning.py`, those of the other kernels and all exemptions in
-`kernel_code/limits.py`; `kernel_gate.json` remembers registers and occupancy, so that a change for the worse fails.
+`kernel_code/limits.py`; `kernel_gate.json` remembers registers and occupancy, so that a change for the worse fails, and
+a digest of the sources.
 What it cannot show: speed.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses as dc
+import hashlib
 import json
 import multiprocessing
 import os
@@ -31,6 +33,7 @@ from rich.table import Table
 
 BASELINE = Path(__file__).with_suffix(".json")
 WORKERS = 2
+FEW = 8  # one of so many
 
 
 def write_file(path: Path, text: str) -> None:
@@ -41,10 +44,18 @@ def write_file(path: Path, text: str) -> None:
     os.replace(file.name, path)
 
 
-def baseline_text(version: str, kernels: dict[str, dict[str, int]]) -> str:
+def digest() -> str:
+    """Of all sources that a kernel or its arguments come from, as they are now."""
+    folders = (BASELINE.parents[1] / "kernels", BASELINE.parent / "kernel_code")
+    files = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()
+
+
+def baseline_text(version: str, sources: str, kernels: dict[str, dict[str, int]]) -> str:
     """The baseline as JSON, one kernel a line."""
     rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(kernels.items()))
-    return f'{{\n  "triton": {json.dumps(version)},\n  "kernels": {{\n{rows}\n  }}\n}}\n'
+    head = f'  "triton": {json.dumps(version)},\n  "sources": {json.dumps(sources)},\n'
+    return f'{{\n{head}  "kernels": {{\n{rows}\n  }}\n}}\n'
 
 
 COLUMNS = ("tile", "warps", "stages", "regs", "spill", "KB", "per SM", "products", "copies", "narrow", "slack")
@@ -102,7 +113,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, action="append", help="only these; may be repeated")
     parser.add_argument("--all", action="store_true", help="every architecture and size of block-sparse attention")
-    parser.add_argument("--turns", action="store_true", help="each kernel on one of the architectures, in turn")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="each kernel on one architecture, in turn; a few where the sources are those of the baseline",
+    )
     parser.add_argument("--json", type=Path, help="also write all figures here")
     parser.add_argument("--write", action="store_true", help="make these figures the baseline, if no limit is broken")
     return parser.parse_args()
@@ -118,14 +133,18 @@ def main() -> int:
     start = time.perf_counter()
     console = Console() if sys.stdout.isatty() else Console(width=150)
     cases = shipped(tuple(given.arch or (ARCHITECTURES if given.all else (80, 90))), given.all)
-    if given.turns:
+    known = json.loads(BASELINE.read_text()) if BASELINE.exists() else {"triton": triton.__version__, "kernels": {}}
+    comparable = known["triton"] == triton.__version__
+    sources = digest()
+    if given.quick:
         cases = in_turn(cases)
+        if comparable and known.get("sources") == sources:
+            cases = cases[::FEW]
+            console.print("The sources are those of the baseline: a few kernels are compiled, to see that they do.")
     with tempfile.TemporaryDirectory() as cache:
         os.environ |= {"TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}  # for the workers: nothing is compiled here
         measured, problems = run(cases, console)
     expected = set(shipped((80, 90), False))  # the rest of the table may have a baseline, but need not
-    known = json.loads(BASELINE.read_text()) if BASELINE.exists() else {"triton": triton.__version__, "kernels": {}}
-    comparable = known["triton"] == triton.__version__
     rows = []
     for case, figures in measured:
         found = judged(case, figures)
@@ -149,7 +168,8 @@ def main() -> int:
         kept = known["kernels"] if comparable else {}
         names = {case.name for everything in (False, True) for case in shipped(ARCHITECTURES, everything)}
         merged = {name: row for name, row in {**kept, **now}.items() if name in names}
-        write_file(BASELINE, baseline_text(triton.__version__, merged))
+        whole = expected <= {case for case, _ in measured}
+        write_file(BASELINE, baseline_text(triton.__version__, sources if whole else known.get("sources", ""), merged))
     took = f"{len(cases)} kernels in {time.perf_counter() - start:.0f} s, triton {triton.__version__}"
     console.print(
         f"{took}: {len(problems)} of them fail"

@@ -36,7 +36,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda name: importlib.import_module(f"kernel_bench.{name}")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder and output of one dry run."""
     folder = tmp_path_factory.mktemp("bench")
@@ -46,6 +46,7 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("bench")
 def test_dry_run_writes_what_it_promises_and_says_what_it_is_worth(dry: tuple[Path, str]) -> None:
     folder, screen = dry
     assert {path.name for path in folder.iterdir()} == {f"bench_kernels.{kind}" for kind in ("json", "md", "png")}
@@ -59,6 +60,7 @@ def test_dry_run_writes_what_it_promises_and_says_what_it_is_worth(dry: tuple[Pa
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("bench")
 def test_dry_run_goes_through_every_stage(dry: tuple[Path, str]) -> None:
     report = json.loads((dry[0] / "bench_kernels.json").read_text())
     wanted = ["ceilings", "correctness", "properties", "forward", "backward", "parts", "moving", "search", "baselines"]
@@ -79,6 +81,7 @@ def test_dry_run_goes_through_every_stage(dry: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("bench")
 def test_every_property_has_a_state_and_its_reason(dry: tuple[Path, str]) -> None:
     rows = json.loads((dry[0] / "bench_kernels.json").read_text())["properties"]
     assert len(rows) == 7

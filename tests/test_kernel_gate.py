@@ -39,10 +39,23 @@ def run(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", [["--turns"], pytest.param([], marks=pytest.mark.full)], ids=["in turn", "all"])
+@pytest.mark.parametrize("which", [["--quick"], pytest.param([], marks=pytest.mark.full)], ids=["quick", "all"])
 def test_the_shipped_kernels_pass(which: list[str]) -> None:
     told = run(*which)
     assert told.returncode == 0, told.stdout + told.stderr
+
+
+def test_a_changed_source_is_another_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("kernels/attend", "scripts/kernel_code"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "code.py").write_text("x = 1\n")
+    monkeypatch.setattr(gate, "BASELINE", tmp_path / "scripts" / "kernel_gate.json")
+    first = gate.digest()
+    assert gate.digest() == first
+    (tmp_path / "kernels/attend/notes.md").write_text("x\n")
+    assert gate.digest() == first
+    (tmp_path / "kernels/attend/code.py").write_text("x = 2\n")
+    assert gate.digest() != first
 
 
 def test_in_turn_every_kernel_is_compiled_once() -> None:
@@ -231,8 +244,9 @@ def test_instructions_are_counted_in_the_loop_of_the_products() -> None:
 def test_the_baseline_holds_what_a_default_run_needs() -> None:
     kernels = json.loads(gate.BASELINE.read_text())["kernels"]
     assert {case.name for case in cases.shipped((80, 90), False)} <= set(kernels)
-    assert gate.baseline_text("3.6.0", kernels).count("registers") == len(kernels)
-    assert json.loads(gate.baseline_text("3.6.0", kernels))["kernels"] == kernels
+    text = gate.baseline_text("3.6.0", "abc", kernels)
+    assert text.count("registers") == len(kernels)
+    assert json.loads(text) == {"triton": "3.6.0", "sources": "abc", "kernels": kernels}
 
 
 def test_a_file_is_replaced_at_once(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import vsparse
 from vsparse.layouts import TileLayout
 from vsparse.measure.meter import Meter
+
+pytestmark = pytest.mark.xdist_group("meter")  # steps that several tests look at are run once
 
 METHODS = ["vsa", "vmoba", "sla", "dsv", "nabla", "draft", "sta"]
 
@@ -38,6 +41,7 @@ def loss_of(model: nn.Module, patch: vsparse.Patch | None, values: dict[str, Any
     return loss + sum(patch.auxiliary_losses().values()) if patch else loss
 
 
+@functools.cache
 def step(
     method: str | None, *, checkpointing: bool = False, fake: bool = False, frozen: bool = False
 ) -> dict[str, Any]:

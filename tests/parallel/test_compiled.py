@@ -38,13 +38,14 @@ MORE: list[Row] = [
     [*THIN, *(pytest.param(*row, marks=pytest.mark.full) for row in [*PRODUCT, *MORE] if row not in THIN)],
 )
 def test_it_gives_what_one_process_gives(
-    pool: Get, host: str, method: str, setting: str, way: str, backend: str, when: str
+    pool: Get, pair: Get, host: str, method: str, setting: str, way: str, backend: str, when: str
 ) -> None:
     """Outputs, losses and every gradient by the law of divided hosts, activations recomputed in the backward."""
     case = Case(
         host=host, method=method, parallel=parse(setting), compiled=(way, backend, when), checkpointing=way == "blocks"
     )
-    found = pool().run(compared, case)
+    get = pair if case.parallel.size == 2 else pool
+    found = get().run(compared, case)
     assert all(max(one.values()) <= 2 for one in found), found
 
 
@@ -77,12 +78,13 @@ def graphs(setting: str, by_diffusers: bool) -> tuple[int, list[int], int]:
     ("setting", "by_diffusers"),
     [("ulysses=2", False), *(pytest.param(x, x == SETTINGS[0], marks=pytest.mark.full) for x in SETTINGS)],
 )
-def test_graphs_do_not_grow(pool: Get, setting: str, by_diffusers: bool) -> None:
+def test_graphs_do_not_grow(pool: Get, pair: Get, setting: str, by_diffusers: bool) -> None:
     """Two for each of the stock host, before an attention and behind it, whatever the layer, step, phase or prompt.
 
     diffusers' own division has hooks around the first block, which take graphs, too, but once.
     """
-    for stock, seen, moved in pool().run(graphs, setting, by_diffusers):
+    get = pair if parse(setting).size == 2 else pool
+    for stock, seen, moved in get().run(graphs, setting, by_diffusers):
         assert seen == [seen[0] if by_diffusers else 2 * stock] * 12
         assert bool(moved) == ("ulysses" in setting)
 

@@ -84,7 +84,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+THIN = ("full, vsa", "full, muon", "lora, vsa", "lora, dsv, float32 weights", "two micro-batches")
+
+
+@pytest.mark.parametrize("name", [x if x in THIN else pytest.param(x, marks=pytest.mark.full) for x in CASES])
 def test_it_predicts_what_a_run_takes(folder: Path, name: str) -> None:
     train, method, more = CASES[name]
     told = settings(folder, train, method, **more)
