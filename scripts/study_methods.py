@@ -35,6 +35,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     given.out.mkdir(parents=True, exist_ok=True)
     console = Console()
+    console.width = max(console.width, 130)  # of the table
     study = Study(given.out, steps=given.steps, prompts=given.prompts, seed=given.seed)
     chosen = [subject for subject in SUBJECTS if subject.method in given.methods]
     with console.status("") as status:

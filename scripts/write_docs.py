@@ -312,7 +312,13 @@ projections of each attention, take more than LoRA does. Where it does not fit: 
 
 # ---- quality -----------------------------------------------------------------------------------------------------
 
-REASONS: dict[str, str] = {}
+REASONS: dict[str, str] = {
+    "attention_tile 0.5": "its map is the same for all clips and keeps each frame's own keys and those of one frame "
+    "for all; the recall of 0.63, where others have 0.88 to 0.94 at this density, says how much of what the model "
+    "looks at is gone. What was there must be found anew by way of one frame, and sixty steps begin that: direction "
+    "comes back, shapes and steadiness do not. More steps, or searched frames (`search_global_frames`), were not "
+    "tried.",
+}
 """Why a method closes less than half of the gap, by row of the study."""
 
 
@@ -331,8 +337,11 @@ that it was not trained on, one seed. *Tuned*: {figures["steps"]} steps of eight
 dense model predicts from the same noisy latents (`distill.velocity` with `teacher = "start"`, no loss on the data).
 
 {markdown(rows)}
-- *density*: executed, of a whole generation. Every layer and step is sparse, but for `adaspa`, which searches in dense
-  steps and is not trained.
+- The number behind a name is the density that was asked for, *density* what was executed in a whole generation:
+  patterns are rounded to blocks, and `attention_tile` has nothing below 0.52 for five frames. Every layer and step is
+  sparse, but for `adaspa`, which searches in dense steps and is not trained. *s/step*: while other work ran.
+- `dsv` without training chooses by predictors of random weights, which is what its first rows show; published, they are
+  trained while attention is still full.
 - *loss*: on 48 held-out clips at fixed noise; *gap closed*: the share of what the loss rose by without training that
   the training took back, at least half in {sum(x >= 0.5 for x in known)} of {len(known)} rows.
 - *colour* to *coherent*: how many of the generated clips show what the prompt says (`vsparse/measure/adherence.py`), by

@@ -29,6 +29,9 @@ HEAD = (
 )
 
 
+_TICKS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6, 1.0, 1.5, 2.0, 3.0)
+
+
 def closed(row: Row, rows: Sequence[Row]) -> float | None:
     """Share of the loss gap between the dense model and the training-free sparse one that the fine-tune closed; None
     for rows without a fine-tune, or where no gap was opened.
@@ -93,7 +96,12 @@ def plot(path: str | os.PathLike[str], rows: Sequence[Row]) -> Path:
             axis.plot(loss, place, "o", color=ACCENT, markerfacecolor=fill, markersize=6, label=said)
     axis.set_yticks(range(len(names)), [f"{method} {asked:g}" for method, asked in names])
     axis.invert_yaxis()
-    _plain(axis, "loss on held-out clips")
+    _plain(axis, "loss on held-out clips (logarithmic)")
+    axis.set_xscale("log")
+    seen = [row.loss for row in rows]
+    ticks = [x for x in _TICKS if min(seen) * 0.9 <= x <= max(seen) * 1.1]
+    axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axis.minorticks_off()
     axis.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, frameon=False, fontsize=7.5, handletextpad=0.4)
     figure.text(0.02, 1 - 0.12 / height, "Sparse, and trained to it", fontsize=12, weight="bold", color=INK, va="top")
     return save_figure(figure, path)
