@@ -136,3 +136,23 @@ def test_command_predicts_a_large_layer_and_measures_a_small_one(
     result = CliRunner().invoke(cli.app, [*vsa, "model", "--layer", "x"])
     assert result.exit_code == 2
     assert report.ROUNDS >= 6
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--prompt", "x"],
+        ["--seed", "0"],
+        ["--steps", "4"],
+        ["--seconds", "60"],
+        ["--dense-steps", "0.2"],
+        ["--dense-layers", "0"],
+        ["--search-at", "0.5"],
+    ],
+    ids=lambda x: x[0],
+)
+def test_what_a_layer_does_not_have_is_refused(given: list[str], tmp_path: Path) -> None:
+    command = ["latency", "-m", "vsa", "--layer", MODELS[0].name, "--out", str(tmp_path), *given]
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 2
+    assert f"leave out {given[0]}" in " ".join(result.output.split())

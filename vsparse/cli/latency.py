@@ -18,7 +18,6 @@ from vsparse.cli.arguments import (
     Height,
     MethodKey,
     SearchAt,
-    Seed,
     Settings,
     Steps,
     Width,
@@ -60,14 +59,15 @@ def latency(
     dense_layers: DenseLayers = None,
     search_at: SearchAt = None,
     prompt: Annotated[
-        str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to show.", rich_help_panel=VIDEO)
-    ] = "a red circle moving right on a dark background",
-    seed: Seed = 0,
+        str | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="What to show (a red circle).", rich_help_panel=VIDEO),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="Seed of the noise (0).")] = None,
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
     steps: Steps = None,
-    seconds: Annotated[float, typer.Option(metavar="S", min=0, help="About how long to measure.")] = 60.0,
+    seconds: Annotated[float | None, typer.Option(metavar="S", min=0, help="About how long to measure (60).")] = None,
     rounds: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Rounds, instead; a median needs 6 for its interval.")
     ] = None,
@@ -87,6 +87,7 @@ def latency(
     `vsparse latency ./my-wan -m adaspa --height 480 --width 832 --frames 81 --steps 50 --rounds 6`
     """
     from vsparse.measure import options
+    from vsparse.measure.drawing import PROMPT
     from vsparse.measure.latency import report, tables
     from vsparse.measure.video import check_folder
 
@@ -98,6 +99,17 @@ def latency(
     if layer is not None:
         if model is not None:
             raise ValueError(f"give MODEL or --layer, not both; got {model!r} and {layer!r}")
+        of_videos = {
+            "--prompt": prompt,
+            "--seed": seed,
+            "--steps": steps,
+            "--seconds": seconds,
+            "--dense-steps": dense_steps,
+            "--dense-layers": dense_layers,
+            "--search-at": search_at,
+        }
+        if stray := [name for name, value in of_videos.items() if value is not None]:
+            raise ValueError(f"--layer measures single calls, without a generation: leave out {', '.join(stray)}")
         with _told() as began:
             one = report.one_layer(
                 layer, chosen, size=size, dtype=dtype, device=device, rounds=rounds, again=fresh_rates, began=began
@@ -119,9 +131,9 @@ def latency(
             chosen,
             schedule,
             asked,
-            prompt=prompt,
-            seed=seed,
-            seconds=seconds,
+            prompt=PROMPT if prompt is None else prompt,
+            seed=seed or 0,
+            seconds=60.0 if seconds is None else seconds,
             rounds=rounds,
             again=fresh_rates,
             began=began,
