@@ -17,10 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from vsparse import backend, ops, select
-from vsparse.geometry import Grid, kept_blocks
-from vsparse.layouts import RasterLayout
+from vsparse import backend, ops
 from vsparse.measure.demo import environment
+from vsparse.measure.latency.rates import random_blocks
 from vsparse.measure.machines import room
 from vsparse.parallel.collectives import ALONE, Group, all_to_all, gather, total
 from vsparse.parallel.rates import Cluster, Link, Rate, fit_compute, fit_rate
@@ -49,7 +48,7 @@ LINKS = ("inside", "between", "inside_ring", "between_ring")
 KINDS = (*LINKS, "attention", "merging")
 """What is measured: exchanges, attention in FLOPs, merging in bytes."""
 
-_BLOCK, _DENSITY = 64, 0.2
+_DENSITY = 0.2
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -236,10 +235,7 @@ def _ring(group: Group, amount: int, device: torch.device) -> Callable[[], objec
 def _attention(slots: int, sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Any]:
     """q, k, v and random blocks of one density."""
     draw = torch.Generator().manual_seed(0)
-    count = slots // _BLOCK
-    blocking = RasterLayout(Grid(t=1, h=count, w=_BLOCK), block=_BLOCK).to(device).bind()
-    scores = torch.rand(1, sizes.heads, count, count, generator=draw).to(device)
-    blocks = select.top_k(scores, blocking, count=kept_blocks(_DENSITY, count), capacity=kept_blocks(_DENSITY, count))
+    blocks = random_blocks(slots // 64, sizes.heads, _DENSITY, device)
     shape = (1, slots, sizes.heads, sizes.width)
     q, k, v = (torch.randn(shape, generator=draw).to(device, sizes.dtype) for _ in range(3))
     return q, k, v, blocks

@@ -16,14 +16,15 @@ import torch
 from torch.nn import functional as F
 
 from vsparse import ops, select
-from vsparse.geometry import Grid
+from vsparse.blocks import BlockMap
+from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import RasterLayout
 from vsparse.measure.demo import environment
 from vsparse.measure.latency.timeline import clock_of
 from vsparse.measure.recall_report import as_json, write_text
 from vsparse.parallel.rates import Rate, fit_compute
 
-__all__ = ["Rates", "cache_file", "machine_rates", "measure_rates"]
+__all__ = ["Rates", "cache_file", "machine_rates", "measure_rates", "random_blocks"]
 
 _TURNS = 5
 _DENSITY = 0.25
@@ -99,12 +100,9 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
             pairs = 4.0 * heads * tokens**2 * width
             call = lambda turned=turned: F.scaled_dot_product_attention(*turned)  # noqa: E731
             dense.append((pairs, seconds(call, 2)))
-            blocking = RasterLayout(Grid(t=1, h=blocks, w=_BLOCK), block=_BLOCK).to(device).bind()
-            scores = torch.rand(1, heads, blocks, blocks, generator=draw).to(device)
-            kept = round(_DENSITY * blocks)
-            chosen = select.top_k(scores, blocking, count=kept, capacity=kept)
+            chosen = random_blocks(blocks, heads, _DENSITY, device)
             some = lambda q=q, k=k, v=v, chosen=chosen: ops.block_sparse_attention(q, k, v, chosen)  # noqa: E731
-            sparse.append((pairs * kept / blocks, seconds(some, 2)))
+            sparse.append((4.0 * width * float(chosen.pairs()[0].sum()), seconds(some, 2)))
         block = noise(2**28 // dtype.itemsize if gpu else 2**22 // dtype.itemsize)
         copy = seconds(lambda: block.clone(), 4)
         one = noise(1)
@@ -120,6 +118,14 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
         memory=2.0 * block.nbytes / copy,
         call=call_seconds,
     )
+
+
+def random_blocks(blocks: int, heads: int, density: float, device: torch.device) -> BlockMap:
+    """As many random key blocks of 64 tokens in every row: ``blocks`` rows and columns, other ones in each head."""
+    blocking = RasterLayout(Grid(t=1, h=blocks, w=_BLOCK), block=_BLOCK).to(device).bind()
+    scores = torch.rand(1, heads, blocks, blocks, generator=torch.Generator().manual_seed(0)).to(device)
+    kept = kept_blocks(density, blocks)
+    return select.top_k(scores, blocking, count=kept, capacity=kept)
 
 
 def cache_file() -> Path:
