@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("parallel",),
     ("methods",),
     ("profile", "adapter", "cost", "reasons"),
+    ("forms",),
     ("runtime",),
     ("host",),
     ("planning",),

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import vsparse
 from vsparse.blocks import BlockMap
-from vsparse.methods import Call, Method, Site, SparseAttention
+from vsparse.methods import Call, Method, Site, SparseAttention, budgets
 
 HEADS, DIM = 2, 8
 
@@ -35,7 +35,7 @@ class Driven:
         self.method, self.grid = method, grid
         self.layout = method.layout(grid, self.site)
         self.module: SparseAttention = method.build(self.site)
-        self.module.peak_density = method.call_density()
+        self.module.peak_density = budgets.highest(method.call_density())
         self.maps: list[BlockMap] = []
         self.loss: Tensor | None = None
         self.call = self.at(method.call_density(), text_length)
@@ -47,7 +47,7 @@ class Driven:
 
         self.module.tally = tally  # type: ignore[method-assign]
 
-    def at(self, density: float, text_length: Tensor | None) -> Call:
+    def at(self, density: budgets.Density, text_length: Tensor | None) -> Call:
         """The call of a density."""
         blocking, static = self.layout.bind(text_length), self.method.static_map(self.layout, self.site)
         return Call(
@@ -56,7 +56,7 @@ class Driven:
             static=None if static is None else dc.replace(static, q=blocking, k=blocking),
             text_length=text_length,
             step=torch.tensor(0),
-            density=torch.tensor(density, dtype=torch.float64),
+            density=budgets.as_tensor(density),
         )
 
     def __call__(

@@ -17,6 +17,7 @@ from vsparse import adapter
 from vsparse.fingerprint import Fingerprint
 from vsparse.host import Claim, HostAdapter, Root, find_roots, hosts
 from vsparse.methods import Method, SparseAttention
+from vsparse.methods.budgets import highest
 from vsparse.parallel.context import ContextParallel, agree, open_groups
 from vsparse.parallel.division import Division
 from vsparse.planning import Plan, make_plan, resolve_method, resolve_schedule
@@ -313,6 +314,11 @@ def _install(
         sparse = _build(host, made.method, made.schedule, claim)
         undo.append(host.install(claim, sparse))
         sites.append(sparse)
+    for kind in {type(sparse) for sparse in sites}:
+        alike = [sparse for sparse in sites if type(sparse) is kind]
+        most = max(sparse.peak_density for sparse in alike)
+        for sparse in alike:  # lists of one length in all layers: they share their graphs
+            sparse.peak_density = most
     runtime = Runtime(
         name=root.name,
         sites=sites,
@@ -350,7 +356,7 @@ def _build(host: HostAdapter, method: Method, schedule: Schedule, claim: Claim) 
         sparse = method.build(claim.site)
         if any(parameter.dtype != dtype for parameter in sparse.parameters()):
             sparse = sparse.to(dtype)
-    sparse.peak_density = 1.0 if schedule.ramp is not None else sparse.method.call_density()
+    sparse.peak_density = 1.0 if schedule.ramp is not None else highest(sparse.method.call_density())
     sparse.added = frozenset(name for name, _ in sparse.named_parameters())
     sparse.train(claim.module.training)
     return sparse

@@ -142,6 +142,10 @@ def make_plan(host: HostAdapter, roots: list[Root], method: Method, schedule: Sc
         _check_layers(schedule, root)
         for claim in root.claims:
             why, chosen = list(claim.reasons), method.of(claim.site)
+            if schedule.ramp is not None and isinstance(chosen.call_density(), tuple):
+                raise ValueError(
+                    f"schedule: a ramp gives one density to all heads, and {chosen.key!r} has one for each; drop one"
+                )
             missing = sorted(chosen.requires - claim.site.offers)
             if missing:
                 why.append(

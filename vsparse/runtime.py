@@ -16,21 +16,20 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from vsparse.blocks import BlockMap
+from vsparse.forms import Forms
 from vsparse.geometry import Grid
-from vsparse.layouts import Blocking, Layout
-from vsparse.methods.base import Call, Method, SparseAttention, static_maps
+from vsparse.layouts import Blocking
+from vsparse.methods.base import Call, Method, SparseAttention
+from vsparse.methods.budgets import Density
 from vsparse.parallel.context import ContextParallel
 from vsparse.parallel.division import Division
 from vsparse.parallel.share import Cut, Share
-from vsparse.reasons import grid_reasons, kernel_reasons
 from vsparse.schedule import Phase, Schedule
 from vsparse.state import Version
 from vsparse.steps import Tracker, Where
 from vsparse.wrapping import refuse_fullgraph, unreduced
 
 __all__ = ["Reading", "Runtime"]
-
-_LAYOUTS = 8  # grids whose layouts a root keeps
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -107,14 +106,13 @@ class Runtime:
         self.phases: Counter[str] = Counter()
         self.pairs: dict[str, Tensor] = {}
         self.dense_pairs: Tensor | float = 0.0
-        self._layouts: dict[tuple[Grid, int, torch.device], Layout] = {}
-        self._maps: dict[tuple[object, torch.device, int], BlockMap | None] = {}
-        self._reasons: dict[tuple[object, ...], list[str]] = {}
+        self.forms = Forms(self.sites)
         self._longest: list[tuple[tuple[weakref.ref[Tensor], ...], tuple[int, ...], int]] = []
         self._owner: threading.Thread | None = None
         self._now: tuple[Where, str, _Record, Tensor | float] | None = None
         self._seen: tuple[object, int | None, dict[str, int]] | None = None
         self._form: tuple[Grid, int] | None = None
+        self.noticed: Callable[[Grid], None] | None = None
         # Made here, because the decorator imports a compiler; on plain functions, which copies of a model may share.
         why = "vsparse prepares each forward on the host; use fullgraph=False, or compile the blocks of the model"
         self._uncompiled = [torch.compiler.disable(x, reason=why) for x in (Runtime._before, Runtime._after)]
@@ -185,7 +183,9 @@ class Runtime:
         branch = "suspended" if suspended else self._enter(where, reading)
         against = [reason for site in self.sites if (reason := self.intact(module, site)) is not None]
         sparse = [s for s in self.sites if self._phase(s, where, branch) != "dense"]
-        against += self._unsupported(sparse, reading, module)
+        if sparse:
+            dtype = self._dtype(module, sparse[0], reading.device)
+            against += self.forms.unsupported(sparse, reading.grid, reading.device, dtype)
         if against:
             self._fall_back(against)
         # full, not tensor: a fill is launched on the device, a copy from the host would wait for it.
@@ -197,12 +197,11 @@ class Runtime:
             self.division.follow(self.parallel(module), self.sites[0].site.heads, reading.device)
         if not self.division.alone:
             refuse_fullgraph(module)
-        layouts = [self._layout(reading.grid, site, reading.device) for site in self.sites]
+        layouts = [self.forms.layout(reading.grid, site, reading.device) for site in self.sites]
         movable = all(site.state.empty for site in self.sites)
         self.division.begin(reading.grid, reading.batch, reading.device, layouts, movable=movable)
-        for site in self.sites:
-            layout = self._layout(reading.grid, site, reading.device)
-            static = self._static(layout, site)
+        for site, layout in zip(self.sites, layouts, strict=True):
+            static = self.forms.static(layout, site)
             density = self._density(module, site)
             share = self.division.share(site.site.layer, site.site.heads)
             call = calls.get((layout.key, static, density, share))
@@ -216,7 +215,7 @@ class Runtime:
                     shard_rows=None if share.shard is None else share.shard.own.bind(reading.text_length),
                     text_length=reading.text_length,
                     step=step,
-                    density=torch.full((), density, dtype=torch.float64, device=reading.device),
+                    density=_own(self.forms.budget(density, reading.device), share),
                     trim=trim,
                 )
             phase: Phase = "dense" if against else self._phase(site, where, branch)
@@ -230,10 +229,10 @@ class Runtime:
         """Notice a new generation, batch or grid; returns the branch."""
         if self._form != (reading.grid, reading.batch):
             self.reset()
-            if len(self._layouts) > _LAYOUTS * len(self.sites):
-                self._layouts.clear()
-                self._maps.clear()
+            self.forms.shrink()
             self._form = (reading.grid, reading.batch)
+            if self.noticed is not None:
+                self.noticed(reading.grid)
         branch = where.branch or "default"
         key, last, repeats = self._seen or (None, None, {})
         backwards = last is not None and where.step is not None and where.step < last
@@ -275,7 +274,7 @@ class Runtime:
             return "dense" if phase in site.method.exact_phases else "reuse"
         return phase
 
-    def _density(self, module: nn.Module, site: SparseAttention) -> float:
+    def _density(self, module: nn.Module, site: SparseAttention) -> Density:
         ramp = self.schedule.ramp
         if ramp is None or not module.training:
             return site.method.call_density()
@@ -285,37 +284,6 @@ class Runtime:
         if not 0.0 < density <= 1.0:
             raise ValueError(f"the ramp gave density {density!r} at training step {self.tracker.training_step}")
         return density
-
-    def _layout(self, grid: Grid, site: SparseAttention, device: torch.device) -> Layout:
-        key = (grid, site.site.layer, device)
-        if key not in self._layouts:
-            layout = site.method.layout(grid, site.site)
-            same = (x for k, x in self._layouts.items() if k[2] == device and x.key == layout.key)
-            self._layouts[key] = next(same, None) or layout.to(device)
-        return self._layouts[key]
-
-    def _static(self, layout: Layout, site: SparseAttention) -> BlockMap | None:
-        """The static map of a site on its layout's device."""
-        device = layout.length.device
-        if (layout.key, device, site.site.layer) not in self._maps:
-            sites = [s for s in self.sites if self._layout(layout.grid, s, device).key == layout.key]
-            found = static_maps(sites, layout)
-            self._maps |= {(layout.key, device, layer): blocks for layer, blocks in found.items()}
-        return self._maps[layout.key, device, site.site.layer]
-
-    def _unsupported(self, sites: list[SparseAttention], reading: Reading, module: nn.Module) -> list[str]:
-        """Why the kernel cannot run these sites, asked once for each layout and dtype."""
-        dtype = self._dtype(module, sites[0], reading.device) if sites else None
-        found: list[str] = []
-        for (layout, method), site in {
-            (self._layout(reading.grid, s, reading.device), s.method): s.site for s in sites
-        }.items():
-            key = (layout.key, method, reading.device, dtype)
-            if key not in self._reasons:
-                assert dtype is not None
-                self._reasons[key] = kernel_reasons(method, layout, site, dtype, reading.device)
-            found += [*grid_reasons(method, layout.grid), *self._reasons[key]]
-        return found
 
     def _dtype(self, module: nn.Module, site: SparseAttention, device: torch.device) -> torch.dtype:
         """dtype that attention computes in: autocast's, else that of the site's projections."""
@@ -409,6 +377,10 @@ class Runtime:
         )
         memo[id(self)] = twin
         return twin
+
+
+def _own(budget: Tensor, share: Share) -> Tensor:
+    return share.own_heads(budget, 0) if budget.ndim else budget
 
 
 def _key(site: SparseAttention, branch: str) -> str:

@@ -89,6 +89,23 @@ def test_layers_with_patterns_of_their_own_share_the_graphs() -> None:
         assert count.graphs == stock_graphs("wan")
 
 
+def test_layers_with_densities_of_their_own_share_the_graphs() -> None:
+    """A density for each head of each layer: tensors of one shape, and lists of one capacity."""
+    model, inputs = build("wan")
+    values = rows.prompt("wan", inputs, (6, 4, 4))
+    common = {"tile": (1, 2, 2), "block": 4}
+    parts = {
+        str(layer): ("vsa", {"density": given, **common})
+        for layer, given in enumerate(((0.1, 0.9), (0.4, 0.2), (1.0, 0.6)))
+    }
+    with vsparse.apply(model, "by_layer", parts=parts, schedule=vsparse.Schedule()) as patch:
+        wanted = rows.forward(model, values)
+        assert len(set(patch.stats()["sites"].values())) == len(patch.sites) == 3
+        count = compiled(model, Counted())
+        assert torch.equal(rows.forward(model, values), wanted)
+        assert count.graphs == stock_graphs("wan")
+
+
 @pytest.mark.parametrize("host", ["wan", "hunyuan_video"])
 def test_densities_share_the_graphs(host: str) -> None:
     """A density ramp: one set of graphs, however many densities."""

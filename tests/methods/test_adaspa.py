@@ -16,6 +16,7 @@ import vsparse
 from vsparse import ops
 from vsparse.blocks import BlockMap
 from vsparse.geometry import kept_blocks
+from vsparse.methods import budgets
 from vsparse.methods.adaspa import AdaSpa, head_densities
 
 VIDEO = vsparse.Grid(t=3, h=5, w=7)
@@ -164,7 +165,7 @@ def test_head_densities_keep_the_mean_and_stay_in_range(
 ) -> None:
     """At most half of the heads give: were there more, heads that give and heads that receive would overlap."""
     method = AdaSpa(density=density, recall=level)
-    found = head_densities(torch.tensor(recall, dtype=torch.float64), density, method.spread, level)
+    found = head_densities(torch.tensor(recall, dtype=torch.float64), budgets.as_tensor(density), level)
     assert torch.equal(found, densities_by_hand(torch.tensor(recall, dtype=torch.float64), method))
     slack = 8 * torch.finfo(torch.float64).eps
     assert float((found.mean(-1) - density).abs().max()) <= slack
@@ -173,11 +174,16 @@ def test_head_densities_keep_the_mean_and_stay_in_range(
     assert float(found.min()) >= density - density / 2 - slack
 
 
-def test_spread_stops_at_the_ends() -> None:
-    assert AdaSpa(density=0.2).spread == 0.1
-    assert AdaSpa(density=0.9375).spread == 0.0625
-    assert AdaSpa(density=1.0).spread == 0.0
-    assert AdaSpa(density=0.2, head_adaptive=False).spread == 0.0
+@pytest.mark.parametrize(("density", "moved"), [(0.2, 0.1), (0.9375, 0.0625), (1.0, 0.0)])
+def test_what_heads_give_stops_at_the_ends(density: float, moved: float) -> None:
+    recall = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    found = head_densities(recall, budgets.as_tensor(density), 0.8)
+    assert found.tolist() == [[density - moved, density + moved]]
+
+
+def test_densities_of_heads_are_not_adapted() -> None:
+    with pytest.raises(ValueError, match=r"head_adaptive=False, too, or one density; got \(0.2, 0.4\)"):
+        AdaSpa(density=(0.2, 0.4))
 
 
 # ---- reuse and refresh -------------------------------------------------------------------------------------------

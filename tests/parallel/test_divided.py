@@ -77,6 +77,16 @@ def test_divided_by_diffusers(pool: Get, host: str, method: str, setting: str, o
 
 
 @pytest.mark.parametrize(
+    ("host", "method", "setting"), [("wan", "adaspa", "ulysses=2"), ("hunyuan_video", "vsa", "ring=2")]
+)
+def test_a_density_for_each_head(pair: Get, host: str, method: str, setting: str) -> None:
+    more = {"head_adaptive": False} if method == "adaspa" else {}
+    options = {**rows.METHODS[method].sparse, "density": (0.2, 0.9, 0.5), **more}
+    found = pair().run(compared, Case(host=host, method=method, parallel=parse(setting), options=options))
+    assert all(max(one.values()) <= 2 for one in found), found
+
+
+@pytest.mark.parametrize(
     ("setting", "method", "heads"),
     [
         ("ulysses=2", "nabla", 4),

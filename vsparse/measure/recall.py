@@ -12,6 +12,7 @@ from torch import Tensor
 from vsparse.blocks import BlockMap
 from vsparse.layouts import Blocking
 from vsparse.methods import Call, Method, Site, SparseAttention
+from vsparse.methods.budgets import as_tensor, highest
 from vsparse.methods.samples import Sample
 
 __all__ = ["Kept", "driven", "kept_by", "key_mass", "random_like"]
@@ -74,14 +75,14 @@ def driven(method: Method, sample: Sample, *, layer: int = 0) -> tuple[SparseAtt
     blocking, static = layout.bind(sample.text_length), method.static_map(layout, site)
     with device:
         module = method.build(site)
-    module.peak_density = method.call_density()
+    module.peak_density = highest(method.call_density())
     call = Call(
         layout=layout,
         blocking=blocking,
         static=None if static is None else dc.replace(static, q=blocking, k=blocking),
         text_length=sample.text_length,
         step=torch.tensor(0, device=device),
-        density=torch.tensor(method.call_density(), dtype=torch.float64, device=device),
+        density=as_tensor(method.call_density(), device),
     )
     module.call = call
     module.state.bind(module.state.version("default"))

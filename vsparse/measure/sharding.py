@@ -15,6 +15,7 @@ from vsparse.layouts import RasterLayout
 from vsparse.measure.recall import driven
 from vsparse.measure.synthetic import structured_sample
 from vsparse.methods import Method, Site, SparseAttention
+from vsparse.methods.budgets import mean_of
 from vsparse.methods.pattern import StaticMethod
 from vsparse.methods.samples import Sample
 from vsparse.parallel.planner import Attention
@@ -87,7 +88,7 @@ def pooled_map(method: Method, sample: Sample) -> BlockMap:
     layout = method.layout(sample.grid, Site.alone(heads=sample.q.shape[2], head_dim=sample.q.shape[3]))
     blocking = layout.bind(sample.text_length)
     q, k = (ops.block_pool(blocking.pack(x), blocking) for x in (sample.q, sample.k))
-    count = kept_blocks(method.call_density(), layout.video_tiles * layout.blocks_per_tile)
+    count = kept_blocks(mean_of(method.call_density()), layout.video_tiles * layout.blocks_per_tile)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
     return select.top_k(scores, blocking, count=count, forced=select.forced_text(blocking))
 

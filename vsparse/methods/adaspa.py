@@ -14,7 +14,8 @@ from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Blocking, Layout, RasterLayout
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention
+from vsparse.methods.budgets import Density, check_densities, check_density
 from vsparse.schedule import Phase, Schedule
 
 __all__ = ["AdaSpa", "AdaSpaAttention", "head_densities"]
@@ -29,7 +30,8 @@ class AdaSpa(Method):
     little.
 
     Args:
-        density: Share of the video key blocks that a query block keeps on average. Published sparsity 0.8.
+        density: Share of the video key blocks that a query block keeps on average; a tuple has one number per head.
+            Published sparsity 0.8.
         block: Slots of a block.
         head_adaptive: Give heads of high recall half the density and as many of low recall the difference.
         recall: Recall above which a head may give density away.
@@ -54,21 +56,21 @@ class AdaSpa(Method):
     state_phases: ClassVar[frozenset[str]] = frozenset({"search", "refresh"})
     exact_phases: ClassVar[frozenset[str]] = frozenset({"dense", "search"})
 
-    density: float = 0.2
+    density: Density = 0.2
     block: int = 64
     head_adaptive: bool = True
     recall: float = 0.8
     share_branches: bool = False
 
     def __post_init__(self) -> None:
-        check_density("adaspa: density", self.density)
+        object.__setattr__(self, "density", check_densities("adaspa: density", self.density))
         check_density("adaspa: recall", self.recall)
+        if isinstance(self.density, tuple) and self.head_adaptive:
+            raise ValueError(
+                "adaspa: with a density for each head nothing is left to adapt: give head_adaptive=False, too, or one "
+                f"density; got {self.density!r}"
+            )
         RasterLayout(Grid(t=1, h=1, w=1), block=self.block)
-
-    @property
-    def spread(self) -> float:
-        """How far a head's density may move from the mean."""
-        return min(self.density / 2, 1.0 - self.density) if self.head_adaptive else 0.0
 
     def layout(self, grid: Grid, site: Site) -> Layout:
         """Host order in blocks; text starts a block of its own."""
@@ -131,21 +133,22 @@ class AdaSpaAttention(SparseAttention):
         return rows.unpack(out), lse, mass
 
     def _capacity(self, blocking: Blocking) -> int:
-        video = blocking.layout.video_tiles  # type: ignore[union-attr]
-        return kept_blocks(self.method.density + self.method.spread, video) + blocking.blocks - video
+        video, most = blocking.layout.video_tiles, self.peak_density  # type: ignore[union-attr]
+        spread = min(most / 2, 1.0 - most) if self.method.head_adaptive else 0.0
+        return kept_blocks(most + spread, video) + blocking.blocks - video
 
     def _choose(self, mass: Tensor, call: Call) -> BlockMap:
         """Row-uniform top-k of the mass with a budget per head."""
         method, rows, blocking, share = self.method, call.rows, call.blocking, call.share
         video = blocking.layout.video_tiles  # type: ignore[union-attr]
         forced = select.forced_text(rows, blocking)
-        density = torch.full(mass.shape[:2], method.density, dtype=torch.float64, device=mass.device)
-        if method.spread > 0.0:
-            base = select.top_k(mass, rows, blocking, count=kept_blocks(method.density, video), forced=forced)
+        count = call.budget(video)
+        if method.head_adaptive:
+            base = select.top_k(mass, rows, blocking, count=count, forced=forced)
             kept = call.over_shards(_masses(mass, base)).unbind(-1)
             recall = share.all_heads(kept[0] / kept[1], 1)  # heads are ranked among all of the layer
-            density = share.own_heads(head_densities(recall, method.density, method.spread, method.recall), 1)
-        count = select.budget(density, video)[..., None]
+            density = share.own_heads(head_densities(recall, call.density, method.recall), 1)
+            count = select.budget(density, video)[..., None]
         return select.top_k(mass, rows, blocking, count=count, forced=forced, capacity=self._capacity(blocking))
 
 
@@ -157,12 +160,12 @@ def _masses(mass: Tensor, blocks: BlockMap) -> Tensor:
     return torch.stack([torch.where(blocks.to_mask(), mass, 0).sum((-1, -2)), mass.sum((-1, -2))], -1)
 
 
-def head_densities(recall: Tensor, density: float, spread: float, level: float) -> Tensor:
-    """Density of each head: the n best recalled heads give ``spread`` to the n worst.
+def head_densities(recall: Tensor, density: Tensor, level: float) -> Tensor:
+    """Density of each head: the n best recalled heads give half of theirs, where there is room, to the n worst.
 
     Args:
-        recall: ``[B, H]`` float. density: mean density. spread: how much moves.
-        level: A head counts towards n when its recall exceeds it.
+        recall: ``[B, H]`` float. density: 0-d float64, the mean. level: a head counts towards n when its recall exceeds
+            it.
 
     Returns:
         ``[B, H]`` float64 with mean ``density``. n is at most ``H // 2``; of equal recalls the lower head is better.
@@ -171,4 +174,4 @@ def head_densities(recall: Tensor, density: float, spread: float, level: float) 
     givers = (recall > level).sum(-1, keepdim=True).clamp_max(heads // 2)
     rank = recall.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     shift = (rank >= heads - givers).double() - (rank < givers).double()
-    return density + spread * shift
+    return density + (density / 2).minimum(1.0 - density) * shift

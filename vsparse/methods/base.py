@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, Segment, kept_blocks
 from vsparse.layouts import Layout
+from vsparse.methods.budgets import Density, mean_of
 from vsparse.methods.call import Call, check_hidden
 from vsparse.parallel.share import ALL
 from vsparse.patterns import Pattern, block_map
@@ -27,7 +28,6 @@ __all__ = [
     "Paper",
     "Site",
     "SparseAttention",
-    "check_density",
     "check_hidden",
     "given_hidden",
     "greatest_density",
@@ -110,6 +110,12 @@ class SparseAttention(nn.Module):
         self.method, self.site = method, site
         self.phase, self.call, self.hidden, self.state = "dense", None, None, RunState()
         self.peak_density = 1.0
+        given = method.call_density()
+        if isinstance(given, tuple) and len(given) != site.heads:
+            raise ValueError(
+                f"{method.key}: {len(given)} densities for {site.name}, which has {site.heads} heads; give one number, "
+                "or one for each head"
+            )
         self.ran = False
         self.added: frozenset[str] = frozenset()
 
@@ -266,9 +272,10 @@ class Method(abc.ABC):
         """
         return schedule.phase(step=step, steps=steps, layer=layer, filled=filled)
 
-    def call_density(self) -> float:
+    def call_density(self) -> Density:
         """Density that goes into `Call.density` when no ramp overrides it."""
-        return float(getattr(self, "density", 1.0))
+        density: Density = getattr(self, "density", 1.0)
+        return density
 
     def kernel_options(self) -> Mapping[str, Any]:
         """Options that `core` hands to ``block_sparse_attention``: who does not take them is refused before a run."""
@@ -337,9 +344,10 @@ def with_text(grid: Grid, share: float) -> float:
     return share + (1.0 - share) * (1.0 - grid.video**2 / grid.tokens**2)
 
 
-def predict_density(layout: Layout, density: float) -> float:
+def predict_density(layout: Layout, density: Density) -> float:
     """Executed density when ``density`` of the video blocks and all text is kept, lengths averaged."""
-    return with_text(layout.grid, kept_blocks(density, layout.video_tiles) / layout.video_tiles)
+    tiles = layout.video_tiles
+    return with_text(layout.grid, mean_of(density, lambda share: kept_blocks(share, tiles)) / tiles)
 
 
 def greatest_density(layout: Layout, count: int, static: BlockMap | None = None) -> float:
@@ -355,12 +363,6 @@ def greatest_density(layout: Layout, count: int, static: BlockMap | None = None)
         free = torch.where(static.to_mask()[0, :, ::per_tile, ::per_tile], 0, size)
     kept = size.sum() - free.sum(-1) + free.topk(min(count, len(size))).values.sum(-1)
     return with_text(layout.grid, float((kept * size).sum(-1).mean() / layout.grid.video**2))
-
-
-def check_density(name: str, value: float) -> None:
-    """Refuse a density outside (0, 1], NaN included."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
-        raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
 
 
 def given_hidden(key: str, hidden: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vsparse import ops
+from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid
 from vsparse.layouts import Blocking, Layout
@@ -26,7 +26,8 @@ class Call:
     Args:
         layout: Order and blocking of this site. blocking: the layout bound to the text lengths.
         text_length: ``[B]`` int, or None when the host has no padded text.
-        step: 0-d int64, denoising step, -1 when unknown. density: 0-d float64, the budget of this call.
+        step: 0-d int64, denoising step, -1 when unknown. density: 0-d float64, the budget of this call, or ``[h]`` with
+            one for each head that `core` sees.
         trim: A tensor whose size is the number of tokens up to the longest valid text, or None when there is no text
             to trim: a size, not a Python int, so that prompts of different length share one graph.
         static: The method's static map, bound to the text lengths, of all rows; None when it has none.
@@ -44,6 +45,11 @@ class Call:
     share: Share = ALL
     features: tuple[Tensor, ...] = ()
     shard_rows: Blocking | None = None
+
+    def budget(self, blocks: int) -> Tensor:
+        """How many of some blocks a row keeps: int32, to be broadcast against ``[B, h, Q]``."""
+        count = select.budget(self.density, blocks)
+        return count.unsqueeze(-1) if count.ndim else count
 
     @property
     def rows(self) -> Blocking:

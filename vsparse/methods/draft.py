@@ -12,7 +12,8 @@ from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Layout, TileLayout
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, with_text
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, with_text
+from vsparse.methods.budgets import Density, check_densities, mean_of
 from vsparse.schedule import Phase
 
 __all__ = ["DraftAttention", "LowResolutionAttention"]
@@ -26,8 +27,8 @@ class DraftAttention(Method):
     wherever they stand: rows keep unequal numbers of cells.
 
     Args:
-        density: Share of all pairs of cells that a head keeps, ``max(1, ceil(density * cells ** 2))``. Default 0.1, as
-            in the published examples for HunyuanVideo; those for Wan 2.1 use 0.25.
+        density: Share of all pairs of cells that a head keeps, ``max(1, ceil(density * cells ** 2))``; a tuple has one
+            number per head. Default 0.1, as in the published examples for HunyuanVideo; those for Wan 2.1 use 0.25.
         tile: Frames, rows and columns of a cell. Default (1, 8, 16); (1, 16, 8) suits portrait grids.
         block: Slots of a block of the kernel; a cell spans ``ceil(prod(tile) / block)`` of them.
 
@@ -46,12 +47,12 @@ class DraftAttention(Method):
         "No training, and heads or rows of very unequal need: the budget is shared over the whole head."
     )
 
-    density: float = 0.1
+    density: Density = 0.1
     tile: tuple[int, int, int] = (1, 8, 16)
     block: int = 128
 
     def __post_init__(self) -> None:
-        check_density("draft: density", self.density)
+        object.__setattr__(self, "density", check_densities("draft: density", self.density))
         TileLayout(Grid(t=1, h=1, w=1), tile=self.tile, block=self.block)
 
     def layout(self, grid: Grid, site: Site) -> Layout:
@@ -61,7 +62,7 @@ class DraftAttention(Method):
     def predicted_density(self, layout: Layout, site: Site) -> float:
         """Share of the pairs of cells, forced text included; up to one cell per row may come on top of it."""
         pairs = layout.video_tiles**2
-        return with_text(layout.grid, kept_blocks(self.density, pairs) / pairs)
+        return with_text(layout.grid, mean_of(self.density, lambda share: kept_blocks(share, pairs)) / pairs)
 
     def search_flops(self, layout: Layout, site: Site, batch: int, phase: Phase) -> float:
         """Pooling and the pooled scores."""

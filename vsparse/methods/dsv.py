@@ -15,17 +15,8 @@ from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Layout, TileLayout
 from vsparse.methods import chance
-from vsparse.methods.base import (
-    Call,
-    Method,
-    Paper,
-    Site,
-    SparseAttention,
-    check_density,
-    check_hidden,
-    given_hidden,
-    recomputed,
-)
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_hidden, given_hidden, recomputed
+from vsparse.methods.budgets import check_density
 from vsparse.schedule import Phase
 from vsparse.state import Version
 

@@ -13,7 +13,8 @@ from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import CurveLayout, Layout
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, greatest_density
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, greatest_density
+from vsparse.methods.budgets import Density, check_densities, check_density, mean_of
 from vsparse.patterns import Offset, Pattern
 from vsparse.schedule import Phase, Schedule
 
@@ -30,7 +31,8 @@ class Jenga(Method):
 
     Args:
         density: Least share of the video blocks that a row chooses, 1 less the published drop rate. Default 0.25, the
-            first stage of the base setting for HunyuanVideo; its second stage has 0.15, the fast setting 0.3 and 0.2.
+            first stage of the base setting for HunyuanVideo; its second stage has 0.15, the fast setting 0.3 and 0.2. A
+            tuple has one number per head.
         mass: Least share of the softmax, 0.3 for HunyuanVideo; 0.9 for Wan 2.1 1.3B, 0.8 for 14B.
         text_bias: Added to the logits (natural log) of text keys. Default 0. Stages of lower resolution have
             ``scale * ln(full area / area) / 2``.
@@ -52,13 +54,13 @@ class Jenga(Method):
     )
     default_schedule: ClassVar[Schedule] = Schedule(dense_steps=0.1)
 
-    density: float = 0.25
+    density: Density = 0.25
     mass: float = 0.3
     text_bias: float = 0.0
     block: int = 128
 
     def __post_init__(self) -> None:
-        check_density("jenga: density", self.density)
+        object.__setattr__(self, "density", check_densities("jenga: density", self.density))
         check_density("jenga: mass", self.mass)
         bias = self.text_bias
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not math.isfinite(bias):
@@ -75,7 +77,8 @@ class Jenga(Method):
 
     def predicted_density(self, layout: Layout, site: Site) -> float:
         """An upper bound, as the map depends on the data: the larger share of the blocks, and what touches."""
-        return greatest_density(layout, self.most_chosen(self.density, layout), self.static_map(layout, site))
+        static = self.static_map(layout, site)
+        return mean_of(self.density, lambda share: greatest_density(layout, self.most_chosen(share, layout), static))
 
     def most_chosen(self, density: float, layout: Layout) -> int:
         """Blocks that a row chooses at most, touching ones aside."""
@@ -128,7 +131,7 @@ class JengaAttention(SparseAttention):
             pooled,
             rows,
             blocking,
-            count=select.budget(call.density, video).maximum(needed),
+            count=call.budget(video).maximum(needed),
             forced=static.to_mask(),
             forced_budget="join",
             capacity=method.most_chosen(self.peak_density, call.layout) + static.capacity,

@@ -12,7 +12,8 @@ from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid
 from vsparse.layouts import Layout, TileLayout
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, greatest_density
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, greatest_density
+from vsparse.methods.budgets import check_density
 from vsparse.patterns import Offset, Pattern, nothing
 from vsparse.schedule import Phase
 

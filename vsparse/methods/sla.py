@@ -13,16 +13,8 @@ from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Layout, RasterLayout
-from vsparse.methods.base import (
-    Call,
-    Method,
-    Paper,
-    Site,
-    SparseAttention,
-    check_density,
-    recomputed,
-    zero_linear,
-)
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, recomputed, zero_linear
+from vsparse.methods.budgets import Density, check_densities
 from vsparse.schedule import Phase
 
 __all__ = ["SLA", "SLAAttention"]
@@ -40,7 +32,7 @@ class SLA(Method):
 
     Args:
         density: Share of the video key blocks that are critical. Released code: 0.1 to 0.2, recommended 0.15; paper:
-            0.05.
+            0.05. A tuple has one number per head.
         linear: What the linear branch covers. "all": every video key, the critical ones included (released code).
             "marginal": what is neither critical nor negligible (paper).
         negligible: Share of the video key blocks, the worst ones, that both branches leave out; "marginal" only.
@@ -62,14 +54,14 @@ class SLA(Method):
         "You can fine-tune and want very few blocks: the linear branch carries what the few exact blocks leave out."
     )
 
-    density: float = 0.15
+    density: Density = 0.15
     linear: Literal["all", "marginal"] = "all"
     negligible: float = 0.1
     feature: Feature = "softmax"
     block: int = 64
 
     def __post_init__(self) -> None:
-        check_density("sla: density", self.density)
+        object.__setattr__(self, "density", check_densities("sla: density", self.density))
         if self.linear not in ("all", "marginal"):
             raise ValueError(f'sla: linear must be "all" or "marginal", got {self.linear!r}')
         if self.feature not in get_args(Feature):
@@ -135,7 +127,7 @@ class SLAAttention(SparseAttention):
             scores,
             rows,
             blocking,
-            count=select.budget(call.density, video),
+            count=call.budget(video),
             forced=select.forced_text(rows, blocking),
             capacity=kept_blocks(self.peak_density, video) + blocking.blocks - video,
         )

@@ -14,7 +14,8 @@ from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import CurveLayout, Layout, RasterLayout
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, greatest_density
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, greatest_density
+from vsparse.methods.budgets import Density, check_densities, check_density, each
 from vsparse.parallel.share import Share
 from vsparse.schedule import Phase
 
@@ -36,7 +37,8 @@ class SpargeAttn(Method):
         select: "mass": the best until they hold ``mass`` of the softmax, the one that would cross it left out, at least
             one. "density": the best ``density`` of the video blocks.
         mass: Share of the softmax in (0, 1], a number or a tuple with one per head, as `tune` finds them.
-        density: Share of the video blocks that a row chooses, for ``select="density"``.
+        density: Share of the video blocks that a row chooses, for ``select="density"``; a tuple has one number per
+            head.
         similarity: Least mean cosine of a block that is trusted, a number or a tuple with one per head; 0 and below
             trust all. None: as published, 0.6 for "mass" and -0.1 for "density".
         smooth_keys: Predict with ``k`` less the mean of all valid keys. It changes no softmax, but the similarities,
@@ -63,7 +65,7 @@ class SpargeAttn(Method):
 
     select: Literal["mass", "density"] = "mass"
     mass: PerHead = 0.98
-    density: float = 0.5
+    density: Density = 0.5
     similarity: PerHead | None = None
     smooth_keys: bool = True
     sink: bool = False
@@ -74,7 +76,7 @@ class SpargeAttn(Method):
     def __post_init__(self) -> None:
         if self.select not in ("mass", "density"):
             raise ValueError(f'sparge: select must be "mass" or "density", got {self.select!r}')
-        check_density("sparge: density", self.density)
+        object.__setattr__(self, "density", check_densities("sparge: density", self.density))
         for name in ("mass", "similarity"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -110,7 +112,7 @@ class SpargeAttn(Method):
         """Blocks of consecutive tokens in the chosen order; text starts a block of its own."""
         return _ORDERS[self.order](grid, block=self.block)
 
-    def call_density(self) -> float:
+    def call_density(self) -> Density:
         """The density of the form that has one."""
         return self.density if self.select == "density" else 1.0
 
@@ -120,7 +122,7 @@ class SpargeAttn(Method):
 
     def predicted_density(self, layout: Layout, site: Site) -> float:
         """An upper bound where every block is trusted: ``mass`` or ``density`` of the blocks, and the sink."""
-        shares = _each("mass", self.mass) if self.select == "mass" else (self.density,)
+        shares = _each("mass", self.mass) if self.select == "mass" else each(self.density)
         counts = (kept_blocks(share, layout.video_tiles) + self.sink for share in shares)
         return sum(greatest_density(layout, count) for count in counts) / len(shares)
 
@@ -198,7 +200,7 @@ class SpargeAttention(SparseAttention):
             scores,
             rows,
             blocking,
-            count=select.budget(call.density, video_blocks),
+            count=call.budget(video_blocks),
             forced=forced,
             forced_budget="join",
             capacity=blocking.blocks if method.guarded else most,

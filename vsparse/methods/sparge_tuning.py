@@ -12,7 +12,8 @@ from torch import Tensor
 from vsparse import ops, reference
 from vsparse.blocks import BlockMap
 from vsparse.layouts import Blocking
-from vsparse.methods.base import Call, Site, check_density
+from vsparse.methods.base import Call, Site
+from vsparse.methods.budgets import check_density
 from vsparse.methods.samples import Sample, alike, attended, distance
 from vsparse.methods.sparge import SpargeAttention, SpargeAttn
 

@@ -13,7 +13,8 @@ from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid
 from vsparse.layouts import Blocking, Layout, RasterLayout
 from vsparse.methods import chance
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention
+from vsparse.methods.budgets import check_density
 from vsparse.patterns import Band, KeyFrames, Pattern
 from vsparse.schedule import Phase, Schedule
 

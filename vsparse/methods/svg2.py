@@ -15,7 +15,8 @@ from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Blocking, ClusterLayout, Layout, arrange
 from vsparse.methods import chance
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, greatest_density
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, greatest_density
+from vsparse.methods.budgets import check_density
 from vsparse.reference import statistics_dtype
 from vsparse.schedule import Phase, Schedule
 

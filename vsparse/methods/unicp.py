@@ -15,6 +15,7 @@ from vsparse.geometry import Grid
 from vsparse.layouts import Layout
 from vsparse.methods import get_method
 from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention
+from vsparse.methods.budgets import Density
 from vsparse.patterns import Pattern
 from vsparse.schedule import Phase, Schedule
 
@@ -153,7 +154,7 @@ class UniCP(Method):
         """That of the inner method; host order for "dense"."""
         return self.inner_method.layout(grid, site)
 
-    def call_density(self) -> float:
+    def call_density(self) -> Density:
         """Of the inner method."""
         return self.inner_method.call_density()
 

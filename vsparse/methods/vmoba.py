@@ -12,7 +12,8 @@ from vsparse import ops
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid
 from vsparse.layouts import Blocking, Layout, PartitionLayout
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, predict_density
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, predict_density
+from vsparse.methods.budgets import check_density
 from vsparse.parallel.share import ALL, Share
 from vsparse.schedule import Phase, Schedule
 

@@ -20,12 +20,12 @@ from vsparse.methods.base import (
     Paper,
     Site,
     SparseAttention,
-    check_density,
     check_hidden,
     given_hidden,
     recomputed,
     zero_linear,
 )
+from vsparse.methods.budgets import Density, check_densities, check_density
 from vsparse.schedule import Phase
 
 __all__ = ["VSA", "VideoSparseAttention", "density_ramp"]
@@ -40,7 +40,7 @@ class VSA(Method):
 
     Args:
         density: Share of the video tiles that every query tile keeps: ``max(1, ceil(density * tiles))``. Default 1/8
-            (32 tiles at 16K tokens). FastWan uses 0.2 (1.3B, 5B) and 0.1 (14B).
+            (32 tiles at 16K tokens). FastWan uses 0.2 (1.3B, 5B) and 0.1 (14B). A tuple has one number per head.
         tile: Frames, rows, columns of a tile.
         block: Slots of a block of the kernel; a larger tile spans several blocks.
 
@@ -57,12 +57,12 @@ class VSA(Method):
     )
     requires: ClassVar[frozenset[str]] = frozenset({"hidden"})
 
-    density: float = 0.125
+    density: Density = 0.125
     tile: tuple[int, int, int] = (4, 4, 4)
     block: int = 64
 
     def __post_init__(self) -> None:
-        check_density("vsa: density", self.density)
+        object.__setattr__(self, "density", check_densities("vsa: density", self.density))
         TileLayout(Grid(t=1, h=1, w=1), tile=self.tile, block=self.block)
 
     def layout(self, grid: Grid, site: Site) -> Layout:
@@ -101,7 +101,7 @@ class VideoSparseAttention(SparseAttention):
             scores,
             own,
             tiles,
-            count=select.budget(call.density, count),
+            count=call.budget(count),
             forced=select.forced_text(own, tiles),
             capacity=kept_blocks(self.peak_density, count) + tiles.blocks - count,
         )

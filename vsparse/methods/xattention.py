@@ -13,7 +13,8 @@ from vsparse import select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid
 from vsparse.layouts import Blocking, Layout, RasterLayout
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_density, greatest_density
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, greatest_density
+from vsparse.methods.budgets import check_density
 from vsparse.reference import statistics_dtype
 from vsparse.schedule import Phase, Schedule
 

@@ -119,6 +119,10 @@ class MethodSettings:
         _least("method", self, {"dense_steps": 0, "ramp_steps": 0})
         if (self.dense_steps or self.ramp_steps) and not hasattr(method, "density"):
             raise ValueError(f"method: {self.key!r} has no density that dense_steps and ramp_steps could lower")
+        if (self.dense_steps or self.ramp_steps) and isinstance(method.call_density(), tuple):
+            raise ValueError(
+                f"method: dense_steps and ramp_steps lead to one density, and {self.key!r} is given one for each head"
+            )
 
 
 @dc.dataclass(frozen=True, kw_only=True)

@@ -165,8 +165,10 @@ def _patch(transformer: nn.Module, settings: MethodSettings, parallel: ContextPa
 def _ramp(method: Method, settings: MethodSettings) -> DensityRamp | None:
     if not settings.dense_steps and not settings.ramp_steps:
         return None
+    last = method.call_density()
+    assert not isinstance(last, tuple)  # refused with the settings
     return DensityRamp(
-        last=method.call_density(),
+        last=last,
         begin=settings.dense_steps,
         steps=settings.ramp_steps,
         stairs=settings.ramp_stairs,
