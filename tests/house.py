@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("select", "schedule", "state", "steps", "fingerprint", "wrapping"),
     ("parallel",),
     ("methods",),
+    ("descriptions",),
     ("profile", "adapter", "cost", "reasons"),
     ("forms",),
     ("runtime",),

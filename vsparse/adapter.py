@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import tempfile
-import tomllib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vsparse.descriptions import from_toml, schedule_fields, to_toml, with_none
 from vsparse.fingerprint import Fingerprint, differences, unchecked
 from vsparse.methods import Method, get_method
 from vsparse.optional import require
@@ -78,14 +78,13 @@ def save(
         "method": method.key,
         "hosts": tuple(hosts),
         "options": method.options(),
-        # A method's default of another kind says what fields do not: it is found again by not being there.
-        "schedule": _fields(schedule) if type(schedule) is Schedule else None,
+        "schedule": schedule_fields(schedule),
         "models": {
             name: {"class": model.model, "unread": model.unread, "config": dict(model.config)}
             for name, model in models.items()
         },
     }
-    text = _toml(config)
+    text = to_toml(config, f"save: method {method.key!r}")
     samples = {f"{_HOST}{name}.{site}": x for name, model in models.items() for site, x in model.weights.items()}
     save_file = require("safetensors.torch", "diffusers").save_file
     if not write:
@@ -111,46 +110,8 @@ def save(
         raise
 
 
-def _fields(schedule: Schedule) -> dict[str, Any]:
-    return {name: value for name, value in dc.asdict(schedule).items() if name != "ramp"}
-
-
 def _is_adapter(path: Path) -> bool:
     return any((path / name).exists() for name in _FORMATS)
-
-
-def _toml(config: Mapping[str, Any]) -> str:
-    """A description as text, which is read back to see that nothing was lost."""
-    tomli_w = require("tomli_w", "diffusers")
-    try:
-        text: str = tomli_w.dumps(_without_none(config))
-        same = _with_none(tomllib.loads(text)) == config
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"save: method {config['method']!r} has options with no form in TOML: {error}") from error
-    if not same:
-        raise ValueError(
-            f"save: method {config['method']!r} has options that TOML would change: they must be numbers (not NaN), "
-            f"strings, None, tuples and tables of them, got {config['options']!r}"
-        )
-    return text
-
-
-def _without_none(value: Any) -> Any:
-    """TOML has no None: it becomes the table ``{none = true}``, in tuples too."""
-    if value is None:
-        return {"none": True}
-    if isinstance(value, Mapping):
-        return {key: _without_none(x) for key, x in value.items()}
-    return [_without_none(x) for x in value] if isinstance(value, tuple) else value
-
-
-def _with_none(value: Any) -> Any:
-    """The inverse of `_without_none`; of JSON, the lists as tuples."""
-    if value == {"none": True}:
-        return None
-    if isinstance(value, Mapping):
-        return {key: _with_none(x) for key, x in value.items()}
-    return tuple(_with_none(x) for x in value) if isinstance(value, list) else value
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -186,8 +147,8 @@ def read(directory: str | os.PathLike[str]) -> Stored:
 def _read_adapter(path: Path) -> Stored:
     try:
         name = next(name for name in _FORMATS if (path / name).exists())
-        parse: Any = tomllib.loads if name == _CONFIG else json.loads
-        config = _with_none(parse((path / name).read_text(encoding="utf-8")))
+        text = (path / name).read_text(encoding="utf-8")
+        config = from_toml(text) if name == _CONFIG else with_none(json.loads(text))
         if config["format"] != _FORMATS[name]:
             raise ValueError(f"format {config['format']!r}; this version reads format {_FORMATS[name]} in {name}")
         method = get_method(config["method"])().replace(**config["options"])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["LIMIT", "SAMPLES", "Fingerprint", "differences", "distance", "sample", "unchecked"]
+__all__ = ["LIMIT", "SAMPLES", "Fingerprint", "differences", "digest", "distance", "sample", "unchecked"]
 
 SAMPLES = 64
 
@@ -83,6 +84,20 @@ def unchecked(kept: Fingerprint, found: Fingerprint) -> str:
     if found.unread:
         return f"it has {found.unread}"
     return f"it had {kept.unread or 'other attention modules'} when the adapter was saved"
+
+
+def digest(found: Fingerprint) -> str | None:
+    """16 hexadecimal digits that name the weights, the same once they are rounded to bfloat16; None: not read.
+
+    Unlike `differences` it tells a fine-tuned copy from what it was made of.
+    """
+    if not found.weights:
+        return None
+    told = hashlib.sha256()
+    for name, values in sorted(found.weights.items()):
+        told.update(name.encode())
+        told.update(values.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return told.hexdigest()[:16]
 
 
 def distance(kept: Fingerprint, found: Fingerprint) -> float | None:

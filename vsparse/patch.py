@@ -20,7 +20,8 @@ from vsparse.methods import Method, SparseAttention
 from vsparse.methods.budgets import highest
 from vsparse.parallel.context import ContextParallel, agree, open_groups
 from vsparse.parallel.division import Division
-from vsparse.planning import Plan, make_plan, resolve_method, resolve_schedule
+from vsparse.planning import Plan, choose, make_plan, size_notice
+from vsparse.profile import Profile
 from vsparse.runtime import Runtime
 from vsparse.schedule import Schedule
 from vsparse.stats import stats_of
@@ -198,7 +199,7 @@ class Patch:
 
 def apply(
     target: object,
-    method: str | Method,
+    method: str | Method | Profile | os.PathLike[str],
     /,
     *,
     schedule: Schedule | None = None,
@@ -212,8 +213,9 @@ def apply(
 
     Args:
         target: A diffusers pipeline (all its video transformers at once) or one transformer.
-        method: A registry key ("vsa") or a `Method`.
-        schedule: When layers are sparse; None: the method's published schedule.
+        method: A registry key ("vsa"), a `Method`, or a `vsparse.profile.Profile` or its file ("….toml"), which must
+            fit the model; a video of another size than the profile's is told once, by a warning.
+        schedule: When layers are sparse; None: the profile's, or the method's published schedule.
         parallel: Share each video between processes; all of them must call this with the same arguments.
         strict: True: refuse whatever cannot run sparse, with every reason. False: run that dense, count it in
             ``stats()`` and warn once.
@@ -227,8 +229,7 @@ def apply(
             several processes before parameters are added.
         NotImplementedError: a site cannot be patched (strict).
     """
-    method = resolve_method(method, overrides)
-    schedule = resolve_schedule(method, schedule)
+    asked = choose(method, schedule, overrides)
     host, roots = find_roots(target)
     for root in roots:
         if _ATTRIBUTE in root.module.__dict__:
@@ -236,11 +237,11 @@ def apply(
                 f"{root.name} is already patched with {root.module.__dict__[_ATTRIBUTE].method.key!r}: "
                 "call vsparse.patch_of(model).remove() first"
             )
-    made = make_plan(host, roots, method, schedule)
+    made = make_plan(host, roots, asked)
     if made.skipped and strict:
         rows = [f"{name}: {'; '.join(why)}" for name, why in made.skipped.items()]
         raise NotImplementedError(
-            f"cannot patch {type(target).__name__} with {method.key!r}:\n  - " + "\n  - ".join(rows)
+            f"cannot patch {type(target).__name__} with {made.method.key!r}:\n  - " + "\n  - ".join(rows)
         )
     _refuse_sharded(roots, made)
     divisions = _divisions(roots, made, parallel)
@@ -261,6 +262,7 @@ def apply(
     patch = Patch(made, runtimes, tracker, undo, host.fingerprint, {root.name: root.module for root in roots})
     for runtime in runtimes:
         runtime.patch = patch
+        runtime.noticed = size_notice(host, target, roots[0], asked.profile)
     for name, why in made.skipped.items():
         warnings.warn(f"vsparse: {name} runs dense: {'; '.join(why)}", stacklevel=2)
     return patch

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Mapping
+import functools
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,10 +16,11 @@ from vsparse.geometry import Grid
 from vsparse.host import Claim, HostAdapter, Root, find_roots
 from vsparse.layouts import Layout
 from vsparse.methods import Method, Site, get_method
+from vsparse.profile import Profile, is_profile
 from vsparse.reasons import grid_reasons, kernel_reasons
 from vsparse.schedule import Schedule
 
-__all__ = ["Plan", "make_plan", "plan", "resolve_method", "resolve_schedule"]
+__all__ = ["Chosen", "Plan", "choose", "make_plan", "plan", "size_notice"]
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,7 @@ class Plan:
         method, schedule: What would be applied. sites: claimed sites, all roots. skipped: site name -> reasons.
         new_parameters: Parameters that the method adds. kernel: implementation that would run, or None.
         grid, density, cost, state_bytes: For the given size; None without one.
+        profile: Where method and schedule come from, if from one.
     """
 
     method: Method
@@ -40,9 +44,11 @@ class Plan:
     density: float | None = None
     cost: AttentionCost | None = None
     state_bytes: int | None = None
+    profile: Profile | None = None
 
     def __str__(self) -> str:
-        rows = [
+        rows = [] if self.profile is None else [f"profile          {self.profile}"]
+        rows += [
             f"method           {self.method}",
             f"schedule         {self.schedule}",
             f"attention sites  {len(self.sites)}" + (f", {len(self.skipped)} skipped" if self.skipped else ""),
@@ -63,9 +69,18 @@ class Plan:
         return "\n".join(rows)
 
 
+@dc.dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What was asked for: a method and its schedule, and the profile that they are from, if any."""
+
+    method: Method
+    schedule: Schedule
+    profile: Profile | None = None
+
+
 def plan(
     target: object,
-    method: str | Method,
+    method: str | Method | Profile | os.PathLike[str],
     /,
     *,
     height: int | None = None,
@@ -81,16 +96,21 @@ def plan(
     Args:
         target, method, schedule, **overrides: As of `apply`.
         height, width, num_frames: Video size in pixels and frames; all three, or none. With them the plan predicts
-            density, FLOPs and state.
-        steps: Denoising steps; needed when the schedule depends on them. batch: samples, CFG branches included.
+            density, FLOPs and state. None: that of a profile.
+        steps: Denoising steps; needed when the schedule depends on them; None: those of a profile. batch: samples, CFG
+            branches included.
 
     Raises:
         ValueError: as of `apply`, or a size that is incomplete.
     """
-    method = resolve_method(method, overrides)
-    schedule = resolve_schedule(method, schedule)
+    chosen = choose(method, schedule, overrides)
+    method, schedule = chosen.method, chosen.schedule
     host, roots = find_roots(target)
-    made = make_plan(host, roots, method, schedule)
+    made = make_plan(host, roots, chosen)
+    if chosen.profile is not None and height is width is num_frames is None:
+        size = chosen.profile.size
+        height, width, num_frames = size.height, size.width, size.frames
+        steps = size.steps if steps is None else steps
     sizes = {"height": height, "width": width, "num_frames": num_frames}
     for name, value in {**sizes, "steps": steps, "batch": batch}.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -134,11 +154,16 @@ def _state_bytes(method: Method, layout: Layout, site: Site, batch: int, dtype: 
     return sum(torch.Size(shape).numel() * torch.empty(0, dtype=dtype).element_size() for shape, dtype in specs)
 
 
-def make_plan(host: HostAdapter, roots: list[Root], method: Method, schedule: Schedule) -> Plan:
-    """Check every claim of every root."""
+def make_plan(host: HostAdapter, roots: list[Root], asked: Chosen) -> Plan:
+    """Check every claim of every root, and a profile against each."""
+    method, schedule = asked.method, asked.schedule
     skipped: dict[str, tuple[str, ...]] = {}
     sites, kernel, parameters = [], None, 0
     for root in roots:
+        if asked.profile is not None:
+            asked.profile.check(root.name, type(root.module).__name__, [claim.site for claim in root.claims])
+            if asked.profile.model.weights is not None:
+                asked.profile.check_weights(root.name, host.fingerprint(root.module))
         _check_layers(schedule, root)
         for claim in root.claims:
             why, chosen = list(claim.reasons), method.of(claim.site)
@@ -171,6 +196,7 @@ def make_plan(host: HostAdapter, roots: list[Root], method: Method, schedule: Sc
         skipped=skipped,
         new_parameters=parameters,
         kernel=kernel,
+        profile=asked.profile,
     )
 
 
@@ -193,19 +219,38 @@ def _check_layers(schedule: Schedule, root: Root) -> None:
         raise ValueError(f"schedule: dense_layers={chosen!r}, but {root.name} has {layers} attention layers")
 
 
-def resolve_method(method: str | Method, overrides: Mapping[str, Any]) -> Method:
-    """A method from its key or itself, with fields replaced."""
-    if isinstance(method, str):
-        method = get_method(method)()
-    if not isinstance(method, Method):
-        raise ValueError(f"method must be a registry key or a vsparse Method, got {type(method).__name__}: {method!r}")
-    return method.replace(**overrides) if overrides else method
+def choose(
+    method: str | Method | Profile | os.PathLike[str], schedule: Schedule | None, overrides: Mapping[str, Any]
+) -> Chosen:
+    """A method from its key, itself or a profile, with fields replaced, and its schedule, if no other is given.
 
-
-def resolve_schedule(method: Method, schedule: Schedule | None) -> Schedule:
-    """The given schedule, or the method's published one."""
-    if schedule is None:
-        return method.default_schedule
-    if not isinstance(schedule, Schedule):
+    Raises:
+        ValueError: neither of them, an unknown key or field, or a profile that says something else.
+    """
+    profile = Profile.read(method) if is_profile(method) else method if isinstance(method, Profile) else None  # type: ignore[arg-type]
+    if profile is not None:
+        found, schedule = profile.method, profile.schedule if schedule is None else schedule
+    elif isinstance(method, str):
+        found = get_method(method)()
+    elif isinstance(method, Method):
+        found = method
+    else:
+        raise ValueError(
+            "method must be a registry key, a vsparse Method, or a profile or its file, got "
+            f"{type(method).__name__}: {method!r}"
+        )
+    if overrides:
+        found = found.replace(**overrides)
+    if schedule is not None and not isinstance(schedule, Schedule):
         raise ValueError(f"schedule must be a vsparse.Schedule, got {type(schedule).__name__}")
-    return schedule
+    return Chosen(method=found, schedule=found.default_schedule if schedule is None else schedule, profile=profile)
+
+
+def size_notice(
+    host: HostAdapter, target: object, root: Root, profile: Profile | None
+) -> Callable[[Grid], None] | None:
+    """What hears of the size of each new video, for a profile."""
+    if profile is None:
+        return None
+    size = profile.size
+    return functools.partial(profile.notice, host.grid(target, root, size.height, size.width, size.frames))

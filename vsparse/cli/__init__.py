@@ -185,7 +185,7 @@ def generate(
     from vsparse.parallel.launch import joined
     from vsparse.patch import apply
 
-    chosen = options.method(method, settings)
+    chosen = options.asked(method, settings)
     schedule = options.schedule(chosen, dense_steps, dense_layers, search_at)
     targets = pipelines.outputs(output, len(prompt))
     parallel = parse(context_parallel) if context_parallel else ContextParallel()
@@ -288,7 +288,7 @@ def plan(
     from vsparse.measure import options, parallel_plan, tables
     from vsparse.measure.skeleton import skeleton
 
-    chosen = options.method(method, settings)
+    chosen = options.asked(method, settings)
     several = options.several(gpus, rates, links, gpu_memory, sized=None not in (height, width, frames))
     quiet()
     target = skeleton(model)

@@ -43,7 +43,10 @@ __all__ = [
 SEE, USE, INSIDE = "See it work", "Use it on your model", "Look inside"
 SPARSITY, VIDEO, MACHINE, SEVERAL = "Sparsity", "Video (default: the pipeline's own)", "Where it runs", "Several GPUs"
 MethodKey = Annotated[
-    str, typer.Option("--method", "-m", metavar="KEY", help="See `vsparse methods`.", rich_help_panel=SPARSITY)
+    str,
+    typer.Option(
+        "--method", "-m", metavar="KEY", help="See `vsparse methods`; or a profile's file.", rich_help_panel=SPARSITY
+    ),
 ]
 Settings = Annotated[
     list[str],

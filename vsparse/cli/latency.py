@@ -90,15 +90,18 @@ def latency(
     from vsparse.measure.drawing import PROMPT
     from vsparse.measure.latency import report, tables
     from vsparse.measure.video import check_folder
+    from vsparse.methods import Method
 
     folder = check_folder(out)
-    chosen = options.method(method, settings)
+    chosen = options.asked(method, settings)
     schedule = options.schedule(chosen, dense_steps, dense_layers, search_at)
     size = {"height": height, "width": width, "frames": frames}
     quiet()
     if layer is not None:
         if model is not None:
             raise ValueError(f"give MODEL or --layer, not both; got {model!r} and {layer!r}")
+        if not isinstance(chosen, Method):
+            raise ValueError(f"--layer measures one layer with one method; {method} is a profile: give a registry key")
         of_videos = {
             "--prompt": prompt,
             "--seed": seed,

@@ -12,9 +12,10 @@ from vsparse.measure.machines import INSIDE, assumed_cluster
 from vsparse.measure.rates import read_rates
 from vsparse.methods import Method, get_method
 from vsparse.parallel.rates import Cluster
+from vsparse.profile import Profile, is_profile
 from vsparse.schedule import Schedule
 
-__all__ = ["Several", "method", "schedule", "settings", "several", "sizes"]
+__all__ = ["Several", "asked", "method", "schedule", "settings", "several", "sizes"]
 
 
 def sizes(text: str, name: str) -> tuple[int, int, int]:
@@ -66,13 +67,29 @@ def method(key: str, pairs: Sequence[str]) -> Method:
     return get_method(key)().replace(**settings(pairs))
 
 
-def schedule(chosen: Method, dense_steps: float | None, dense_layers: int | None, search_at: str | None) -> Schedule:
-    """The method's published schedule, changed where something was typed.
+def asked(key: str, pairs: Sequence[str]) -> Method | Profile:
+    """A method as of `method`, or a profile by its file, with options as typed.
+
+    Raises:
+        ValueError: as of `method` and `Profile.read`. FileNotFoundError: there is no such profile.
+    """
+    if not is_profile(key):
+        return method(key, pairs)
+    profile = Profile.read(key)
+    return dc.replace(profile, method=profile.method.replace(**settings(pairs))) if pairs else profile
+
+
+def schedule(
+    chosen: Method | Profile, dense_steps: float | None, dense_layers: int | None, search_at: str | None
+) -> Schedule:
+    """The published schedule of a method, or that of a profile, changed where something was typed.
 
     Raises:
         ValueError: ``search_at`` is not numbers and commas, or the schedule contradicts itself.
     """
-    published = chosen.default_schedule
+    method = chosen if isinstance(chosen, Method) else chosen.method
+    given = None if isinstance(chosen, Method) else chosen.schedule
+    published = method.default_schedule if given is None else given
     if dense_steps is None and dense_layers is None and search_at is None:
         return published
     searches = published.search_at

@@ -20,6 +20,7 @@ from vsparse.measure.latency.rounds import take_turns
 from vsparse.measure.pipelines import load_pipeline, placed
 from vsparse.measure.recall_report import as_json, write_text
 from vsparse.methods import Method
+from vsparse.profile import Profile
 from vsparse.schedule import Schedule
 
 __all__ = ["ROUNDS", "STEPS", "measured", "one_layer", "target", "write", "write_layer"]
@@ -51,7 +52,7 @@ def target(model: str | None, *, dtype: str | None = None, device: str | None = 
 
 def measured(
     pipe: Any,
-    method: Method,
+    method: Method | Profile,
     schedule: Schedule,
     asked: Mapping[str, Any],
     *,

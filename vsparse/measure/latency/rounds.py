@@ -18,6 +18,7 @@ from vsparse.measure.latency.work import Work, counting
 from vsparse.measure.pipelines import generate
 from vsparse.methods import Method
 from vsparse.patch import Patch, apply
+from vsparse.profile import Profile
 from vsparse.schedule import Schedule
 
 __all__ = ["LEAST", "MOST", "Kind", "Run", "orders", "rounds_in", "take_turns"]
@@ -56,7 +57,7 @@ def rounds_in(seconds: float, one: float) -> int:
 
 def take_turns(
     pipe: Any,
-    method: Method,
+    method: Method | Profile,
     schedule: Schedule | None,
     asked: Mapping[str, Any],
     *,
