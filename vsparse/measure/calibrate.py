@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses as dc
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from vsparse.methods.unicp import UniCP
 from vsparse.patch import Patch, apply
 from vsparse.schedule import Phase, Schedule
 
-__all__ = ["Recorded", "by_layer", "changes", "recording"]
+__all__ = ["Recorded", "by_layer", "changes", "hearing", "recording"]
 
 Recorded = Mapping[tuple[str, int], Sequence[Sample]]
 
@@ -55,15 +55,41 @@ def recording(
     """
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
         raise ValueError(f"recording: most must be an integer >= 1, got {most!r}")
+    tapes: dict[tuple[str, int], _Tape] = {}
+
+    def offer(site: Site, sample: Sample, _: Tensor) -> None:
+        tapes[site.root, site.layer].offer(sample)
+
+    with hearing(target, offer, layers=layers) as sites:
+        tapes |= {(site.root, site.layer): _Tape(most, device) for site in sites}
+        yield {key: tape.samples for key, tape in tapes.items()}
+
+
+@contextlib.contextmanager
+def hearing(
+    target: object, told: Callable[[Site, Sample, Tensor], None], *, layers: Sequence[int] | None = None
+) -> Iterator[list[Site]]:
+    """Hear of every call of the attention layers, with exact attention in all of them.
+
+    Args:
+        target, layers: As of `recording`.
+        told: Is given the site, the call's own tensors (to look at, not to keep), and the output ``[B, N, H, D]``.
+
+    Yields:
+        The sites that are heard.
+
+    Raises:
+        ValueError: as of `recording`.
+    """
     chosen = None if layers is None else tuple(layers)
     with apply(target, _Recording(layers=chosen)) as patch, torch.compiler.set_stance("force_eager"):
-        found: dict[tuple[str, int], list[Sample]] = {}
+        found: list[Site] = []
         for sparse in patch.sites:
             assert isinstance(sparse, _RecordingAttention)
             if chosen is None or sparse.site.layer in chosen:
-                sparse.tape = _Tape(most, device)
-                found[sparse.site.root, sparse.site.layer] = sparse.tape.samples
-        missing = sorted(set(chosen or ()) - {layer for _, layer in found})
+                sparse.told = told
+                found.append(sparse.site)
+        missing = sorted(set(chosen or ()) - {site.layer for site in found})
         if missing or not found:
             raise ValueError(f"recording: no layer {missing or list(chosen or ())}; there are {len(patch.sites)}")
         yield found
@@ -99,7 +125,7 @@ class _Tape:
         self._ranks: list[float] = []
         self._calls = 0
 
-    def offer(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def offer(self, sample: Sample) -> None:
         """Keep a copy of a call's tensors, or not."""
         rank = self._calls * _GOLDEN % 1.0
         self._calls += 1
@@ -108,9 +134,9 @@ class _Tape:
             if rank > self._ranks[last]:
                 return
             del self._ranks[last], self.samples[last]
-        length = None if call.text_length is None else self._copy(call.text_length)
-        kept = [self._copy(x) for x in (q, k, v)]
-        self.samples.append(Sample(grid=call.grid, q=kept[0], k=kept[1], v=kept[2], text_length=length))
+        length = None if sample.text_length is None else self._copy(sample.text_length)
+        q, k, v = (self._copy(x) for x in (sample.q, sample.k, sample.v))
+        self.samples.append(Sample(grid=sample.grid, q=q, k=k, v=v, text_length=length))
         self._ranks.append(rank)
 
     def _copy(self, x: Tensor) -> Tensor:
@@ -151,20 +177,21 @@ class _Recording(Method):
 
 
 class _RecordingAttention(SparseAttention):
-    """Full attention, noted on a tape."""
+    """Full attention, heard by somebody."""
 
-    tape: _Tape | None = None
+    told: Callable[[Site, Sample, Tensor], None] | None = None
 
     def core(
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Note the call, unless it is recomputed; pack, attend, unpack."""
-        if self.tape is not None and not self.ran:
-            self.tape.offer(call, q, k, v)
+        """Pack, attend, unpack; tell of the call, unless it is recomputed."""
         blocking = call.blocking
         packed = [blocking.pack(x) for x in (q, k, v)]
-        out, _ = ops.block_sparse_attention(packed[0], packed[1], packed[2], BlockMap.full(blocking))
-        return blocking.unpack(out), ()
+        out = blocking.unpack(ops.block_sparse_attention(packed[0], packed[1], packed[2], BlockMap.full(blocking))[0])
+        if self.told is not None and not self.ran:
+            with torch.no_grad():
+                self.told(self.site, Sample(grid=call.grid, q=q, k=k, v=v, text_length=call.text_length), out)
+        return out, ()
 
 
 @contextlib.contextmanager

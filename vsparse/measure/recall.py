@@ -15,7 +15,7 @@ from vsparse.methods import Call, Method, Site, SparseAttention
 from vsparse.methods.budgets import as_tensor, highest
 from vsparse.methods.samples import Sample
 
-__all__ = ["Kept", "driven", "kept_by", "key_mass", "random_like"]
+__all__ = ["Kept", "driven", "heard", "kept_by", "key_mass", "random_like"]
 
 # Query rows whose softmax is held at a time.
 _CHUNK = 256
@@ -100,20 +100,36 @@ def kept_by(method: Method, sample: Sample, *, layer: int = 0) -> Kept:
     """
     if sample.text_length is not None:
         raise ValueError("kept_by: the sample must hold no padded text, got a text_length")
+    return _joined(heard(method, sample, layer=layer)[0], sample)
+
+
+@torch.no_grad()
+def heard(method: Method, sample: Sample, *, layer: int = 0) -> tuple[list[BlockMap], Tensor]:
+    """What a method's sparse call executes of a sample, without a model; one that searches does so on the same sample.
+
+    Args:
+        method, layer: As of `kept_by`. sample: q, k, v of one call, padded text or not.
+
+    Returns:
+        Its maps, disjoint if they are several, and the output of its fine attention ``[B, N, H, D]``.
+
+    Raises:
+        ValueError: the method makes no sparse call.
+    """
     module, call = driven(method, sample, layer=layer)
-    with torch.no_grad(), _listening(module) as maps:
+    with _listening(module) as maps:
         module.phase = "search"
-        module.core(sample.q, sample.k, sample.v, None, call)
+        out, _ = module.core(sample.q, sample.k, sample.v, None, call)
         if "search" in method.exact_phases:
             maps.clear()
             module.state.staged.pop("pairs", None)
             module.state.commit("default", None)
             module.state.bind(module.state.version("default"))
             module.phase = "reuse"
-            module.core(sample.q, sample.k, sample.v, None, call)
+            out, _ = module.core(sample.q, sample.k, sample.v, None, call)
     if not maps:
         raise ValueError(f"{method.key!r} made no sparse call")
-    return _joined(maps, sample)
+    return maps, out
 
 
 @contextlib.contextmanager

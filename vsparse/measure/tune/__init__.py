@@ -1,0 +1,1 @@
+"""Finding a profile: which method, which density for each layer and head, how many dense steps."""
