@@ -104,6 +104,7 @@ def generate(
     negative_prompt: str | None = None,
     image: str | os.PathLike[str] | None = None,
     stepped: Callable[[], None] | None = None,
+    given_latents: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """One video of a pipeline.
 
@@ -112,7 +113,8 @@ def generate(
         seed: Of the noise, drawn on the CPU, so that it is the same on every device.
         height, width: Pixels. frames, steps, guidance: of the video; None: the pipeline's own default.
         image: File of the first frame, for image-to-video pipelines.
-        stepped: Called at the end of each denoising step.
+        stepped: Called at the end of each denoising step. given_latents: Called then with the latents, as the pipeline
+            holds them, where it tells them.
 
     Returns:
         Float32 frames ``[F, H, W, 3]`` in [0, 1], on the CPU.
@@ -135,8 +137,8 @@ def generate(
     unknown = [name for name in given if name not in accepted]
     if unknown:
         raise ValueError(f"{type(pipe).__name__} takes no {', '.join(unknown)}")
-    if stepped is not None and "callback_on_step_end" in accepted:
-        given["callback_on_step_end"] = _advancing(stepped)
+    if (stepped is not None or given_latents is not None) and "callback_on_step_end" in accepted:
+        given["callback_on_step_end"] = _at_step_end(stepped, given_latents)
     try:
         output = pipe(generator=torch.Generator("cpu").manual_seed(seed), output_type="np", **given)
     except NameError as error:
@@ -146,9 +148,14 @@ def generate(
     return torch.as_tensor(output.frames[0]).float().clamp(0, 1)
 
 
-def _advancing(stepped: Callable[[], None]) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
+def _at_step_end(
+    stepped: Callable[[], None] | None, given_latents: Callable[[Tensor], None] | None
+) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
     def at_step_end(_pipe: Any, _step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        stepped()
+        if stepped is not None:
+            stepped()
+        if given_latents is not None and "latents" in values:
+            given_latents(values["latents"])
         return values
 
     return at_step_end
