@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vsparse.measure.figures import FAINT, INK, new_figure
+from vsparse.measure.figures import FAINT, INK, as_uri, axis_at, new_figure
 from vsparse.measure.latency.executed import Executed
 from vsparse.measure.latency.figures import Latency
 from vsparse.measure.latency.rounds import Kind
@@ -31,7 +29,7 @@ from vsparse.measure.latency.timeline import (
 )
 from vsparse.optional import require
 
-__all__ = ["COLORS", "as_uri", "densities", "layers", "parts", "phases", "roofline", "steps"]
+__all__ = ["COLORS", "densities", "layers", "parts", "phases", "roofline", "steps"]
 
 KINDS: tuple[Kind, Kind] = ("dense", "sparse")
 COLORS: Mapping[str, str] = {
@@ -53,28 +51,6 @@ COLORS: Mapping[str, str] = {
 _POINTS = (KERNEL, SEARCH, CHOOSE, PROJECT, CROSS, FEED, VAE)
 """Parts whose work is mostly products."""
 _WIDTH = 9.6
-_SHARP = 180  # dots per inch of what is embedded
-
-
-def as_uri(figure: Any) -> str:
-    """A figure as the source of an image in a page that stands alone."""
-    held = io.BytesIO()
-    figure.savefig(held, format="png", dpi=_SHARP)
-    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
-
-
-def _axis(figure: Any, place: tuple[float, float, float, float], *, grid: str = "y") -> Any:
-    """An axis at ``(left, bottom, width, height)`` in inches, plain."""
-    width, height = figure.get_size_inches()
-    axis = figure.add_axes((place[0] / width, place[1] / height, place[2] / width, place[3] / height))
-    axis.set_axisbelow(True)
-    axis.grid(axis=grid, color="#e4e8ec", linewidth=0.6)
-    axis.tick_params(labelsize=8.5, colors=FAINT, length=2)
-    for edge in ("top", "right"):
-        axis.spines[edge].set_visible(False)
-    for edge in ("left", "bottom"):
-        axis.spines[edge].set_color("#b8bec6")
-    return axis
 
 
 def _legend(figure: Any, names: Sequence[str], left: float, top: float, columns: int) -> None:
@@ -98,7 +74,7 @@ def parts(found: Latency) -> Any:
     rows = -(-len(names) // 5)
     height = 2.15 + 0.24 * rows
     figure = new_figure(_WIDTH, height)
-    axis = _axis(figure, (0.75, 0.55, _WIDTH - 1.55, 1.35), grid="x")
+    axis = axis_at(figure, (0.75, 0.55, _WIDTH - 1.55, 1.35), grid="x")
     for y, one in enumerate(both):
         left, whole = 0.0, sum(one.values())
         for name in names:
@@ -124,7 +100,7 @@ def layers(found: Latency) -> Any:
     rows = -(-len(names) // 5)
     height = 2.95 + 0.24 * rows
     figure = new_figure(_WIDTH, height)
-    axis = _axis(figure, (0.75, 0.55, _WIDTH - 0.95, 2.2))
+    axis = axis_at(figure, (0.75, 0.55, _WIDTH - 0.95, 2.2))
     for shift, layer in zip((-0.21, 0.21), both, strict=True):
         bottom = dict.fromkeys(layer, 0.0)
         for name in names:
@@ -145,7 +121,7 @@ def phases(found: Latency) -> Any:
     names = [part for part in SELF_ATTENTION if any(line.parts.get(part) for _, line in lines)]
     height = 1.15 + 0.34 * len(lines) + 0.24 * (-(-len(names) // 6))
     figure = new_figure(_WIDTH, height)
-    axis = _axis(figure, (1.85, 0.55, _WIDTH - 2.75, 0.3 + 0.34 * len(lines)), grid="x")
+    axis = axis_at(figure, (1.85, 0.55, _WIDTH - 2.75, 0.3 + 0.34 * len(lines)), grid="x")
     for y, (_, line) in enumerate(lines):
         left = 0.0
         for name in names:
@@ -165,7 +141,7 @@ def phases(found: Latency) -> Any:
 def steps(found: Latency) -> Any:
     """Seconds inside the layers by denoising step."""
     figure = new_figure(_WIDTH, 2.3)
-    axis = _axis(figure, (0.75, 0.55, _WIDTH - 0.95, 1.45))
+    axis = axis_at(figure, (0.75, 0.55, _WIDTH - 0.95, 1.45))
     for kind, color, mark in (("dense", "#7c8794", "o"), ("sparse", "#0b5cad", "s")):
         values = found.steps(kind)  # type: ignore[arg-type]
         axis.plot(range(len(values)), values, color=color, marker=mark, markersize=4, linewidth=1.5, label=kind)
@@ -183,7 +159,7 @@ def densities(executed: Executed) -> Any:
     rows = [[step[layer][head] for step in executed.density] for layer in range(count) for head in range(heads)]
     tall = max(1.6, min(7.0, 0.22 * len(rows)))
     figure = new_figure(_WIDTH, tall + 0.95)
-    axis = _axis(figure, (0.95, 0.6, _WIDTH - 2.15, tall))
+    axis = axis_at(figure, (0.95, 0.6, _WIDTH - 2.15, tall))
     image = axis.imshow(rows, aspect="auto", vmin=0.0, vmax=1.0, cmap="Blues", interpolation="nearest")
     axis.grid(visible=False)
     for layer in range(1, count):
@@ -198,7 +174,7 @@ def densities(executed: Executed) -> Any:
             for x, value in enumerate(row):
                 color = "white" if value > 0.6 else INK
                 axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
-    bar = _axis(figure, (_WIDTH - 1.0, 0.6, 0.16, tall))
+    bar = axis_at(figure, (_WIDTH - 1.0, 0.6, 0.16, tall))
     figure.colorbar(image, cax=bar)
     bar.tick_params(labelsize=8, colors=FAINT, length=2)
     return figure
@@ -209,7 +185,7 @@ def roofline(found: Latency) -> Any:
     assert found.rates is not None
     rates = found.rates
     figure = new_figure(_WIDTH, 4.0)
-    axis = _axis(figure, (0.85, 0.6, _WIDTH - 3.3, 3.15), grid="both")
+    axis = axis_at(figure, (0.85, 0.6, _WIDTH - 3.3, 3.15), grid="both")
     seen: list[float] = []
     for kind, mark in (("dense", "o"), ("sparse", "s")):
         work, measured = found.work.get(kind, {}), found.parts(kind)  # type: ignore[arg-type]
