@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vsparse.measure.figures import FAINT, INK, as_uri, axis_at, new_figure
+from vsparse.measure.figures import FAINT, INK, axis_at, new_figure
 from vsparse.measure.latency.executed import Executed
 from vsparse.measure.latency.figures import Latency
 from vsparse.measure.latency.rounds import Kind
