@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses as dc
+from collections.abc import Iterator
 
 from vsparse.layouts import Layout
 from vsparse.methods.base import Method, Site
 from vsparse.schedule import Phase, Schedule
 
-__all__ = ["AttentionCost", "attention_cost", "attention_flops"]
+__all__ = ["AttentionCost", "attention_cost", "attention_flops", "phases"]
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,21 @@ def attention_flops(layout: Layout, site: Site, batch: int, density: float | Non
     return 4.0 * batch * site.heads * site.head_dim * pairs
 
 
+def phases(method: Method, schedule: Schedule, site: Site, *, steps: int | None) -> Iterator[Phase]:
+    """The phase of a site in each step of a generation, one call a step.
+
+    Args:
+        steps: Denoising steps; None: one call without a step rule.
+    """
+    chosen, filled, stamp = method.of(site), False, None
+    for step in range(1 if steps is None else steps):
+        known = None if steps is None else step
+        phase = method.phase(schedule, step=known, steps=steps, layer=site.layer, filled=filled, stamp=stamp)
+        if phase in chosen.state_phases:
+            filled, stamp = True, known
+        yield phase
+
+
 def attention_cost(
     method: Method, schedule: Schedule, sites: list[tuple[Site, Layout]], *, steps: int | None, batch: int
 ) -> AttentionCost:
@@ -46,17 +62,11 @@ def attention_cost(
         batch: Samples per generation, CFG branches included.
     """
     dense = sparse = search = pairs = densities = 0.0
-    rounds = 1 if steps is None else steps
     for site, layout in sites:
         chosen, density = method.of(site), method.of(site).predicted_density(layout, site)
         densities += density
         searches: dict[Phase, float] = {}  # asked once, as a method may count in its map
-        filled, stamp = False, None
-        for step in range(rounds):
-            known = None if steps is None else step
-            phase = method.phase(schedule, step=known, steps=steps, layer=site.layer, filled=filled, stamp=stamp)
-            if phase in chosen.state_phases:
-                filled, stamp = True, known
+        for phase in phases(method, schedule, site, steps=steps):
             full = attention_flops(layout, site, batch)
             dense += full
             if phase == "output":

@@ -282,10 +282,12 @@ def plan(
 
     `vsparse plan WanTransformer3DModel --method vsa --height 480 --width 832 --frames 81 --steps 50`
 
-    With `--gpus 8` also how 8 GPUs would best share each video, by prediction.
+    With a size also the time of a step, and with `--gpus 8` how 8 GPUs would best share each video, by prediction.
     """
     import vsparse
     from vsparse.measure import options, parallel_plan, tables
+    from vsparse.measure.latency import ahead
+    from vsparse.measure.latency import tables as latency_tables
     from vsparse.measure.skeleton import skeleton
 
     chosen = options.asked(method, settings)
@@ -299,7 +301,13 @@ def plan(
     for name, why in made.skipped.items():
         console.print(f"[red]not patched[/red] {name}: {'; '.join(why)}", highlight=False)
     if made.grid is None:
-        console.print("Give --height, --width and --frames for density, FLOPs and state.")
+        console.print("Give --height, --width and --frames for density, FLOPs, state and time.")
+    else:
+        with console.status("counting a step"):
+            times, why = ahead.times_of(made, target, size, steps=steps, batch=batch)
+        console.print(latency_tables.times_table(times, made.method.key))
+        if why:
+            console.print(f"The rest of a step is not counted: {why}.", style="yellow", highlight=False)
     if several is not None:
         with console.status("") as status:
             cluster = several.cluster(dense=made.kernel == "host")

@@ -10,17 +10,19 @@ from typing import Any
 
 import torch
 
+from vsparse.measure.checkpoints import CHECKPOINTS, Checkpoint
 from vsparse.optional import require
 
-__all__ = ["skeleton"]
+__all__ = ["pipeline_around", "skeleton"]
 
 
 def skeleton(model: str) -> Any:
     """A pipeline or transformer on the meta device; no weight is read or downloaded.
 
     Args:
-        model: A local folder or hub name of a diffusers pipeline, a local folder of a transformer, or the class name
-            of a known transformer, which stands for its default configuration.
+        model: A local folder or hub name of a diffusers pipeline (those of `CHECKPOINTS` are known without the hub), a
+            local folder of a transformer, or the class name of a known transformer, which stands for its default
+            configuration.
 
     Returns:
         The pipeline (its transformers and autoencoder on the meta device, text encoders left out), or the transformer.
@@ -42,7 +44,43 @@ def skeleton(model: str) -> Any:
         return _on_meta(getattr(diffusers, name), config)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ValueError(f"{model}: no model_index.json or config.json in there, so it is no diffusers model")
+    if model in CHECKPOINTS and not folder.exists():
+        return _published(diffusers, model)
     return _pipeline(diffusers, model, known)
+
+
+def _published(diffusers: Any, model: str) -> Any:
+    """A pipeline of `CHECKPOINTS`."""
+    known = CHECKPOINTS[model]
+    return _built(diffusers, known, {part: _part(diffusers, *given) for part, given in known.parts.items()})
+
+
+def pipeline_around(transformer: Any) -> Any:
+    """The text-to-video pipeline of a transformer, with its family's usual autoencoder and nothing else.
+
+    Raises:
+        ValueError: no pipeline of `CHECKPOINTS` runs such a transformer.
+    """
+    diffusers, name = require("diffusers", "diffusers"), type(transformer).__name__
+    for known in CHECKPOINTS.values():
+        if known.parts["transformer"][0] == name:
+            return _built(diffusers, known, {"transformer": transformer, "vae": _part(diffusers, *known.parts["vae"])})
+    raise ValueError(f"no text-to-video pipeline is known that runs a {name}")
+
+
+def _built(diffusers: Any, known: Checkpoint, parts: Mapping[str, Any]) -> Any:
+    pipeline = getattr(diffusers, known.pipeline)
+    options = {**dict.fromkeys(_arguments(pipeline, required=True)), **known.options}
+    return pipeline(**{**options, **parts})
+
+
+def _part(diffusers: Any, name: str, config: Mapping[str, Any]) -> Any:
+    return _on_meta(getattr(diffusers, name), config)
+
+
+def _arguments(pipeline: Any, *, required: bool = False) -> list[str]:
+    found = list(inspect.signature(pipeline.__init__).parameters.values())[1:]
+    return [one.name for one in found if not required or one.default is inspect.Parameter.empty]
 
 
 def _pipeline(diffusers: Any, model: str, known: list[str]) -> Any:
@@ -56,10 +94,8 @@ def _pipeline(diffusers: Any, model: str, known: list[str]) -> Any:
     if pipeline is None:
         raise ValueError(f"{model}: this diffusers ({diffusers.__version__}) has no {name}")
     given: dict[str, Any] = {}
-    for part in inspect.signature(pipeline.__init__).parameters:
+    for part in _arguments(pipeline):
         value = index.get(part)
-        if part == "self":
-            continue
         if isinstance(value, list | tuple) and len(value) == 2:
             given[part] = _component(diffusers, model, part, value[1], known)
         elif part in index:

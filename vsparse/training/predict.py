@@ -19,7 +19,7 @@ from vsparse.training.optimisers import make_optimisers
 from vsparse.training.settings import Settings
 from vsparse.training.student import DTYPES, make_ready
 
-__all__ = ["DEVICES", "Device", "Prediction", "predict_step"]
+__all__ = ["DEVICES", "Device", "Prediction", "bring_to_cpu", "predict_step", "twin_on_meta"]
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -123,10 +123,10 @@ def predict_step(settings: Settings, bucket: Bucket, *, pipe: Any = None) -> Pre
     method = dc.replace(settings.method, dense_steps=0, ramp_steps=0, ramp_stairs=None, adapter=None)
     frozen = torch.float32 if settings.model.train == "full" else DTYPES[settings.model.frozen]
     passes = min(2, settings.train.accumulate)  # in the second micro-batch the gradients are there already
-    transformer = _on_meta(model, frozen)
+    transformer = twin_on_meta(model, frozen)
     patch, added = make_ready(transformer, settings.model, method, seed=settings.train.seed)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _bring_to_cpu(transformer)
+        bring_to_cpu(transformer)
         transformer.train()
         noisy, text = side.blank(bucket.frames, bucket.height, bucket.width, batch=settings.data.batch)
         meter, saved = Meter(), 0
@@ -152,7 +152,7 @@ def predict_step(settings: Settings, bucket: Bucket, *, pipe: Any = None) -> Pre
         )
 
 
-def _on_meta(model: Any, dtype: torch.dtype) -> Any:
+def twin_on_meta(model: Any, dtype: torch.dtype) -> Any:
     """A twin of a model by its configuration, with weights of a dtype, those aside that diffusers keeps in float32."""
     with torch.device("meta"):
         twin = type(model).from_config(dict(model.config))
@@ -163,7 +163,7 @@ def _on_meta(model: Any, dtype: torch.dtype) -> Any:
     return twin
 
 
-def _bring_to_cpu(model: nn.Module) -> None:
+def bring_to_cpu(model: nn.Module) -> None:
     """Tensors without values on the CPU, whose attention is a fused one; that of the meta device is not."""
     for module in model.modules():
         for name, parameter in module._parameters.items():

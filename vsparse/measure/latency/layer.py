@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import vsparse
 from vsparse.cost import attention_flops
 from vsparse.geometry import Grid
+from vsparse.layouts import Layout
 from vsparse.measure.latency.intervals import Interval, interval, verdict
 from vsparse.measure.latency.profiler import functions
 from vsparse.measure.latency.rates import Rates
@@ -25,7 +26,18 @@ from vsparse.methods import Method, Site
 from vsparse.methods.samples import Sample
 from vsparse.schedule import Phase
 
-__all__ = ["BOUND", "Case", "Layer", "assumed", "case_of", "measure_layer", "phases_of", "predict_layer", "refusal"]
+__all__ = [
+    "BOUND",
+    "Case",
+    "Layer",
+    "assumed",
+    "case_of",
+    "measure_layer",
+    "phases_of",
+    "predict_layer",
+    "predict_site",
+    "refusal",
+]
 
 BOUND = 60.0
 """Seconds that a measurement on a CPU may be predicted to take."""
@@ -116,14 +128,22 @@ def phases_of(method: Method) -> tuple[Phase, ...]:
 
 
 def predict_layer(case: Case, method: Method, rates: Rates, itemsize: int) -> dict[str, dict[str, float]]:
+    """`predict_site` of a case."""
+    return predict_site(method, method.layout(case.grid, case.site), case.site, rates, itemsize)
+
+
+def predict_site(
+    method: Method, layout: Layout, site: Site, rates: Rates, itemsize: int
+) -> dict[str, dict[str, float]]:
     """Seconds of one call by phase and part, one sample.
 
     Attention takes the time of its FLOPs or of reading q, k, v and writing the result, whichever is longer. Choosing
     takes the FLOPs that the method declares, and reads q and k; packing reads and writes q, k, v and the result.
+
+    Args:
+        method: That runs at the site. itemsize: bytes of a number.
     """
-    site = case.site
-    layout = method.layout(case.grid, site)
-    tensor = float(layout.slots * case.heads * case.head_dim * itemsize)
+    tensor = float(layout.slots * site.heads * site.head_dim * itemsize)
     found: dict[str, dict[str, float]] = {}
     least = 4.0 * tensor / rates.memory
     found["dense"] = {KERNEL: max(rates.dense.seconds(attention_flops(layout, site, 1)), least)}

@@ -10,10 +10,13 @@ from vsparse.measure.latency.rates import Rates
 from vsparse.measure.latency.timeline import CHOOSE, KERNEL, REST, SCHEDULER, SEARCH, TEXT, VAE
 from vsparse.measure.latency.work import Work
 
-__all__ = ["ONCE", "generation", "predicted", "sparse_seconds", "steps_of"]
+__all__ = ["LOW", "ONCE", "generation", "predicted", "sparse_seconds", "steps_of"]
 
 ONCE = (TEXT, VAE, REST)
 """Parts that a generation runs once, however many steps it takes."""
+
+LOW = ((0.05, 0.08), (0.27, 0.45))
+"""How far too low the attention kernel and the sum came out, dense and sparse, in the run of docs/latency.md."""
 
 
 def predicted(work: Work, rates: Rates) -> float:

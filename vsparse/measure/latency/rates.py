@@ -24,7 +24,7 @@ from vsparse.measure.latency.timeline import clock_of
 from vsparse.measure.recall_report import as_json, write_text
 from vsparse.parallel.rates import Rate, fit_compute
 
-__all__ = ["Rates", "cache_file", "machine_rates", "measure_rates", "random_blocks"]
+__all__ = ["Rates", "cache_file", "kept_rates", "machine_rates", "measure_rates", "random_blocks"]
 
 _TURNS = 5
 _DENSITY = 0.25
@@ -141,20 +141,24 @@ def machine_rates(device: torch.device, dtype: torch.dtype, *, again: bool = Fal
     Args:
         again: Measure also where some are kept.
     """
-    path, key = cache_file(), _key(device, dtype)
-    kept = _kept(path)
-    if not again and key in kept:
-        try:
-            return Rates.read(kept[key])
-        except (TypeError, ValueError, KeyError):
-            pass  # another version's, or damaged: measured anew
-    found = measure_rates(device, dtype)
+    known = None if again else kept_rates(device, dtype)
+    if known is not None:
+        return known
+    path, found = cache_file(), measure_rates(device, dtype)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, as_json({**kept, key: dc.asdict(found)}))
+        write_text(path, as_json({**_kept(path), _key(device, dtype): dc.asdict(found)}))
     except OSError as error:
         warnings.warn(f"vsparse: the rates of this machine could not be kept in {path}: {error}", stacklevel=2)
     return found
+
+
+def kept_rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
+    """The rates of a device that are kept; None where there are none, or damaged ones, or another version's."""
+    try:
+        return Rates.read(_kept(cache_file())[_key(device, dtype)])
+    except (TypeError, ValueError, KeyError):
+        return None
 
 
 def _kept(path: Path) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from vsparse.measure.latency.ahead import Times
 from vsparse.measure.latency.figures import COST_GOAL, GAP_GOAL, Latency
 from vsparse.measure.latency.intervals import Interval
 from vsparse.measure.latency.layer import Layer
+from vsparse.measure.latency.model import LOW
+from vsparse.measure.latency.rates import Rates
 from vsparse.measure.latency.rounds import Kind
 from vsparse.measure.latency.timeline import PARTS, SELF_ATTENTION
 from vsparse.optional import require
@@ -22,6 +25,7 @@ __all__ = [
     "predicted_table",
     "rates_words",
     "sentences",
+    "times_table",
     "whole_rows",
     "whole_table",
 ]
@@ -136,9 +140,10 @@ def predicted_table(found: Latency) -> Any:
 
 def rates_words(found: Latency) -> str:
     """Where the rates come from."""
-    rates = found.rates
-    if rates is None:
-        return ""
+    return "" if found.rates is None else _measured_words(found.rates)
+
+
+def _measured_words(rates: Rates) -> str:
     return (
         f"Rates of this machine in {rates.dtype}, measured {rates.date[:10]}: {rates.products.flops / 1e9:.3g} GFLOP/s "
         f"for products, {rates.dense.flops / 1e9:.3g} for full and {rates.sparse.flops / 1e9:.3g} for sparse "
@@ -187,6 +192,39 @@ def layer_table(found: Layer) -> Any:
         f"heads of {found.case.head_dim}, one sample, {found.dtype} here; predicted density of a sparse call "
         f"{found.density:.3f}. Measured on noise, without what a method adds after the attention."
     )
+    return table
+
+
+def _assumed_words(rates: Rates) -> str:
+    full, some = (x.origin.removeprefix("assumed: ").partition(";")[0] for x in (rates.dense, rates.sparse))
+    return f"{rates.device}, never measured: for full attention {full}, for sparse {some}."
+
+
+def times_table(found: Sequence[Times], method: str) -> Any:
+    """A step of a plan: full attention and a method by machine, and what bounds the gain."""
+    table = _table("Predicted time of a step, mean over the generation", "", *(one.machine.name for one in found))
+
+    def row(name: str, seconds: Callable[[Times], tuple[float, float] | None], *, bold: bool = False) -> None:
+        both = [seconds(one) for one in found]
+        style = "bold" if bold else ""
+        table.add_row(f"{name}, full attention", *(_NONE if x is None else _time(x[0]) for x in both), style=style)
+        cells = [_NONE if x is None else f"{_time(x[1])} ({x[0] / x[1]:.2f} times)" for x in both]
+        table.add_row(f"{name}, {method}", *cells, style=style)
+
+    row("self-attention", lambda one: (one.dense, one.sparse))
+    if any(one.rest is not None for one in found):
+        table.add_row("the rest of the transformer", *(_NONE if one.rest is None else _time(one.rest) for one in found))
+        row("step", lambda one: one.steps, bold=True)
+        bounds = [_NONE if one.share is None else f"{1.0 / (1.0 - one.share):.2f} times" for one in found]
+        table.add_row("step without any self-attention", *bounds)
+    words = [_measured_words(x) if x.date else _assumed_words(x) for x in (one.machine.rates for one in found)]
+    kernel, whole = LOW
+    words.append(
+        f"A lower estimate: on the embedded model the attention kernel came out {kernel[0]:.0%} (dense) and "
+        f"{kernel[1]:.0%} (sparse) too low, the sum {whole[0]:.0%} and {whole[1]:.0%} (docs/latency.md). Uncompiled, "
+        "without what a method adds after the attention."
+    )
+    table.caption = " ".join(words)
     return table
 
 
