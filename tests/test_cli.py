@@ -22,7 +22,7 @@ from vsparse.measure.video import read_video
 from vsparse.methods import get_method, list_methods
 from vsparse.parallel.context import parse
 
-COMMANDS = ("demo", "generate", "plan", "methods", "doctor", "draw", "latency")
+COMMANDS = ("demo", "generate", "plan", "methods", "doctor", "draw", "latency", "profiles")
 MODEL = ["plan", "WanTransformer3DModel"]
 SIZE = ["--height", 128, "--width", 128, "--frames", 9]
 
@@ -142,7 +142,7 @@ def test_plan_chooses_for_several_gpus(tmp_path: Path) -> None:
         "between nodes, ring: measured: between_ring",
     ):
         assert part in found
-    assert "assumed" not in found
+    assert "assumed" not in found.partition("16 x mine")[2], "the times of one GPU may be"
 
 
 def test_plan_honours_options_and_schedule(folder: Path) -> None:

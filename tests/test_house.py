@@ -284,6 +284,7 @@ def test_wheel_holds_kernels_integrations_and_profiles(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
     wanted = {source.path for source in LIBRARY} | {"vsparse/py.typed", "vsparse/profiles/probe.toml"}
+    wanted |= {f"vsparse/profiles/{path.name}" for path in (ROOT / "profiles").glob("*.toml")}
     assert wanted <= packed, f"missing from the wheel: {sorted(wanted - packed)}"
     homes = ("vsparse/", f"vsparse-{PROJECT['version']}.dist-info/")
     outside = sorted(name for name in packed if not name.startswith(homes))

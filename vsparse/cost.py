@@ -62,18 +62,23 @@ def attention_cost(
         batch: Samples per generation, CFG branches included.
     """
     dense = sparse = search = pairs = densities = 0.0
+    known: dict[object, float] = {}
+    searches: dict[object, float] = {}  # both asked once for each kind of site, as a method may count in its map
     for site, layout in sites:
-        chosen, density = method.of(site), method.of(site).predicted_density(layout, site)
+        chosen = method.of(site)
+        kind = (chosen, layout.key, chosen.static_pattern(site), site.heads, site.head_dim)
+        if kind not in known:
+            known[kind] = chosen.predicted_density(layout, site)
+        density = known[kind]
         densities += density
-        searches: dict[Phase, float] = {}  # asked once, as a method may count in its map
         for phase in phases(method, schedule, site, steps=steps):
             full = attention_flops(layout, site, batch)
             dense += full
             if phase == "output":
                 continue
-            if phase not in searches:
-                searches[phase] = 0.0 if phase == "dense" else chosen.search_flops(layout, site, batch, phase)
-            extra = searches[phase]
+            if (kind, phase) not in searches:
+                searches[kind, phase] = 0.0 if phase == "dense" else chosen.search_flops(layout, site, batch, phase)
+            extra = searches[kind, phase]
             exact = phase in chosen.exact_phases
             pairs += full if exact else full * density
             sparse += extra + (full if exact else attention_flops(layout, site, batch, density))

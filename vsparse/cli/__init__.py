@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from vsparse.cli import latency as latency_command
+from vsparse.cli import profiles as profiles_command
 from vsparse.cli.arguments import (
     INSIDE,
     SEE,
@@ -401,3 +402,4 @@ def draw(
 
 
 app.command(rich_help_panel=INSIDE)(latency_command.latency)
+app.command(rich_help_panel=INSIDE)(profiles_command.profiles)

@@ -13,7 +13,7 @@ import torch
 from vsparse.measure.checkpoints import CHECKPOINTS, Checkpoint
 from vsparse.optional import require
 
-__all__ = ["pipeline_around", "skeleton"]
+__all__ = ["built", "pipeline_around", "skeleton"]
 
 
 def skeleton(model: str) -> Any:
@@ -53,6 +53,23 @@ def _published(diffusers: Any, model: str) -> Any:
     """A pipeline of `CHECKPOINTS`."""
     known = CHECKPOINTS[model]
     return _built(diffusers, known, {part: _part(diffusers, *given) for part, given in known.parts.items()})
+
+
+def built(name: str, *, layers: int, heads: int, head_dim: int) -> Any:
+    """A known transformer on the meta device: its default configuration with other attention layers.
+
+    Raises:
+        ValueError: no such class.
+    """
+    diffusers = require("diffusers", "diffusers")
+    known = require("vsparse.integrations.diffusers", "diffusers").known()
+    if name not in known:
+        raise ValueError(f"{name!r} is not a known transformer; known: {', '.join(known)}")
+    kind = getattr(diffusers, name)
+    single = inspect.signature(kind.__init__).parameters.get("num_single_layers")
+    split = {} if single is None else {"num_single_layers": max(0, layers - 1)}
+    count = {"num_layers": layers - sum(split.values()), **split}
+    return _on_meta(kind, {**count, "num_attention_heads": heads, "attention_head_dim": head_dim})
 
 
 def pipeline_around(transformer: Any) -> Any:

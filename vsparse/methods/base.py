@@ -295,7 +295,10 @@ class Method(abc.ABC):
         return None if pattern is None else block_map(pattern, layout)
 
     def predicted_density(self, layout: Layout, site: Site) -> float:
-        """Share of token pairs that a sparse call computes, forced text included, for a full text."""
+        """Share of token pairs that a sparse call computes, forced text included, for a full text.
+
+        It follows from the method, the layout, the static pattern and the shape of the heads: asked once for each.
+        """
         return predict_density(layout, self.call_density())
 
     def state(
@@ -305,7 +308,7 @@ class Method(abc.ABC):
         return {}
 
     def search_flops(self, layout: Layout, site: Site, batch: int, phase: Phase) -> float:
-        """FLOPs that a call in ``phase`` spends on finding its map."""
+        """FLOPs that a call in ``phase`` spends on finding its map; as of `predicted_density`, asked once."""
         return 0.0
 
     def options(self) -> dict[str, Any]:
