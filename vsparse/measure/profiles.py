@@ -11,6 +11,7 @@ from typing import Any
 
 import vsparse
 from vsparse.cost import phases
+from vsparse.measure.embedded import embedded_path
 from vsparse.measure.facts import facts
 from vsparse.measure.skeleton import built, skeleton
 from vsparse.methods import Method
@@ -37,7 +38,8 @@ class Entry:
     """A profile and its plan on a model without weights.
 
     Args:
-        file: What names it, after ``--method`` and in ``vsparse.apply``. models: the checkpoints that it names.
+        file: What names it, after ``--method`` and in ``vsparse.apply``. models: the checkpoints that it names; the
+            folder of the embedded one where it names none and has its shape.
     """
 
     profile: Profile
@@ -69,6 +71,8 @@ def entry(given: str, *, known: dict[str, Any] | None = None) -> Entry:
     profile = Profile.read(file)
     named = profile.provenance.get("models", ())
     models = tuple(str(name) for name in named) if isinstance(named, Sequence) and not isinstance(named, str) else ()
+    if not models and _is_embedded(profile.model):
+        models = (str(embedded_path()),)
     target = _target(profile.model, models, {} if known is None else known)
     return Entry(profile=profile, plan=vsparse.plan(target, profile), file=file, models=models)
 
@@ -77,6 +81,12 @@ def entries() -> list[Entry]:
     """All that come with vsparse."""
     known: dict[str, Any] = {}
     return [entry(name, known=known) for name in shipped()]
+
+
+def _is_embedded(model: Model) -> bool:
+    config = json.loads((embedded_path() / "transformer" / "config.json").read_text())
+    shape = tuple(config[name] for name in ("_class_name", "num_layers", "num_attention_heads", "attention_head_dim"))
+    return shape == (model.name, model.layers, model.heads, model.head_dim)
 
 
 def _target(model: Model, models: Sequence[str], known: dict[str, Any]) -> Any:
@@ -92,13 +102,13 @@ def _target(model: Model, models: Sequence[str], known: dict[str, Any]) -> Any:
 
 
 def schedule_words(made: Plan, steps: int) -> list[str]:
-    """What runs in which layers and steps, both counted from the first: ``layers 2-40: steps 1-15 full attention``."""
+    """What runs in which layers, from 0 as in the file, and in which steps, from 1: ``layers 1-39: steps 1-15 ...``."""
     root = made.sites[0].root
     ran = [(site, tuple(phases(made.method, made.schedule, site, steps=steps))) for site in made.sites]
     mine = [(site, found) for site, found in ran if site.root == root]
     lines = []
     for (found, method), group in itertools.groupby(mine, lambda one: (one[1], made.method.of(one[0]))):
-        numbers = [site.layer + 1 for site, _ in group]
+        numbers = [site.layer for site, _ in group]
         lines.append(f"{_span('layer', numbers[0], numbers[-1])}: {_steps(found, method)}")
     return lines
 
@@ -136,7 +146,7 @@ def _options(made: Plan) -> list[str]:
             value = getattr(method, field.name)
             told.append(f"{field.name} = {value!r}" + ("" if value == getattr(usual, field.name) else " *"))
         if len(kinds) > 1:
-            lines.append(f"{_span('layer', sites[0].layer + 1, sites[-1].layer + 1)}: {method.key}")
+            lines.append(f"{_span('layer', sites[0].layer, sites[-1].layer)}: {method.key}")
         lines += told or ["none"]
     return lines
 
@@ -198,7 +208,7 @@ def page(found: Entry) -> Any:
         "video": f"{profile.size}: {grid.t} x {grid.h} x {grid.w} = {grid.video:,} tokens{text}",
         "method": f"{made.method.key}: {known.source} {known.link}".strip(),
         "options (*: not the default)": "\n".join(_options(made)),
-        "schedule": "\n".join(schedule_words(made, profile.size.steps)),
+        "schedule (layers from 0)": "\n".join(schedule_words(made, profile.size.steps)),
         "predicted density": f"{cost.sparse_density:.3f} of a sparse call, {cost.density:.3f} over the generation",
         "figures": found.figures,
         "where it is from": "\n".join(
@@ -206,7 +216,8 @@ def page(found: Entry) -> Any:
         ),
         "use it": "\n".join(usage(found)),
         "elsewhere": "Another model is refused. A video of another size is made, with a warning: densities are shares "
-        "and carry over, windows and tiles stay as they are.",
+        "and carry over, windows and tiles stay as they are."
+        + (" Other weights of this shape: a warning." if profile.model.weights else ""),
     }
     table, plain = _table(), require("rich.text", "cli").Text
     for name, words in rows.items():
