@@ -242,7 +242,7 @@ def _method(config: Mapping[str, Any], model: Model) -> Method:
                 raise ValueError(f"layer {layer} is in two [[layers]]: {given[layer]!r} and {table['at']!r}")
             given[layer] = table["at"]
             by_layer[layer] = mine
-    return ByLayer(parts=_runs(by_layer))
+    return ByLayer.joined(by_layer)
 
 
 def _layers(text: str, count: int) -> range:
@@ -253,16 +253,10 @@ def _layers(text: str, count: int) -> range:
     return range(int(first), stop)
 
 
-def _runs(methods: Sequence[Method]) -> tuple[tuple[str, Method], ...]:
-    """Layers one after the other that have equal methods, as ranges."""
-    starts = [i for i, method in enumerate(methods) if i == 0 or method != methods[i - 1]]
-    ends = [*starts[1:], len(methods)]
-    return tuple((f"{a}-{b - 1}" if b - a > 1 else str(a), methods[a]) for a, b in zip(starts, ends, strict=True))
-
-
 def _settings(method: Method, layers: int) -> dict[str, Any]:
     """``method``, ``options`` and ``layers`` of the file: what differs from the defaults, and what differs by layer."""
-    parts = _runs([method.of(Site.alone(heads=1, head_dim=1, layer=layer)) for layer in range(layers)])
+    every = [method.of(Site.alone(heads=1, head_dim=1, layer=layer)) for layer in range(layers)]
+    parts = ByLayer.joined(every).parts
     kinds = {type(part) for _, part in parts}
     if not isinstance(method, ByLayer) or len(kinds) != 1:
         return {"method": method.key, "options": _changed(method.options(), type(method)().options())}

@@ -24,7 +24,8 @@ import vsparse
 import vsparse.ops.host_order as host_order
 from vsparse import cli, ops
 from vsparse.layouts import Blocking
-from vsparse.measure.latency import rates, report, tables
+from vsparse.measure.embedded import opened
+from vsparse.measure.latency import rates, tables
 from vsparse.measure.latency.executed import watching
 from vsparse.measure.latency.intervals import WIDEST, Interval, interval, verdict
 from vsparse.measure.latency.profiler import profiled
@@ -413,6 +414,6 @@ def test_command_measures_the_embedded_pipeline(tmp_path: Path, monkeypatch: pyt
 
 def test_command_refuses_what_does_not_go_together(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="go with a MODEL"):
-        report.target(None, device="cpu")
+        opened(None, device="cpu")
     result = CliRunner().invoke(cli.app, ["latency", str(tmp_path), "-o", str(tmp_path / "x")])
     assert result.exit_code == 2

@@ -88,6 +88,7 @@ def latency(
     """
     from vsparse.measure import options
     from vsparse.measure.drawing import PROMPT
+    from vsparse.measure.embedded import opened
     from vsparse.measure.latency import report, tables
     from vsparse.measure.video import check_folder
     from vsparse.methods import Method
@@ -125,7 +126,7 @@ def latency(
         console.print(f"wrote {report.write_layer(folder, one)}", highlight=False, soft_wrap=True)
         return
     with console.status("loading the pipeline"):
-        pipe, clip = report.target(model, dtype=dtype, device=device)
+        pipe, clip = opened(model, dtype=dtype, device=device, steps=report.STEPS)
     given = {**size, "steps": steps}
     asked = {**clip, **{name: value for name, value in given.items() if value is not None}}
     with _told() as began:

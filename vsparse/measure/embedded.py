@@ -6,9 +6,10 @@ import dataclasses as dc
 from pathlib import Path
 from typing import Any
 
+from vsparse.measure.pipelines import load_pipeline
 from vsparse.optional import require
 
-__all__ = ["EMBEDDED", "Clip", "embedded_path", "embedded_pipeline"]
+__all__ = ["EMBEDDED", "Clip", "embedded_path", "embedded_pipeline", "opened"]
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -45,3 +46,26 @@ def embedded_pipeline() -> Any:
     pipe = diffusers.DiffusionPipeline.from_pretrained(str(path), local_files_only=True)
     pipe.text_encoder.float()  # transformers keeps the stored bfloat16, diffusers casts to float32
     return pipe
+
+
+def opened(
+    model: str | None, *, dtype: str | None = None, device: str | None = None, steps: int | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """A pipeline, silent, and the size of video that it is asked for where nothing else is said.
+
+    Args:
+        model: As of `load_pipeline`; None: the embedded pipeline, on the CPU. dtype, device: as there.
+        steps: Denoising steps of the embedded one; None: `EMBEDDED`'s.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: as of `load_pipeline`; a dtype or device for the embedded pipeline.
+    """
+    if model is None:
+        if dtype is not None or device is not None:
+            raise ValueError("--dtype and --device go with a MODEL; the embedded pipeline runs in float32 on the CPU")
+        clip = EMBEDDED if steps is None else dc.replace(EMBEDDED, steps=steps)
+        pipe, size = embedded_pipeline(), dc.asdict(clip)
+    else:
+        pipe, size = load_pipeline(model, dtype=dtype, device=device), {}
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, size

@@ -15,7 +15,7 @@ from vsparse.parallel.rates import Cluster
 from vsparse.profile import Profile, is_profile
 from vsparse.schedule import Schedule
 
-__all__ = ["Several", "asked", "method", "schedule", "settings", "several", "sizes"]
+__all__ = ["Several", "asked", "method", "schedule", "settings", "several", "shares", "sizes"]
 
 
 def sizes(text: str, name: str) -> tuple[int, int, int]:
@@ -92,18 +92,25 @@ def schedule(
     published = method.default_schedule if given is None else given
     if dense_steps is None and dense_layers is None and search_at is None:
         return published
-    searches = published.search_at
-    if search_at is not None:
-        try:
-            searches = tuple(float(share) for share in search_at.split(","))
-        except ValueError as error:
-            raise ValueError(f"--search-at must be shares such as 0.2,0.6; got {search_at!r}") from error
+    searches = published.search_at if search_at is None else shares(search_at, "--search-at")
     return Schedule(
         dense_steps=published.dense_steps if dense_steps is None else dense_steps,
         dense_layers=published.dense_layers if dense_layers is None else dense_layers,
         search_at=searches,
         ramp=published.ramp,
     )
+
+
+def shares(text: str, name: str) -> tuple[float, ...]:
+    """``0.2,0.6`` -> (0.2, 0.6).
+
+    Raises:
+        ValueError: not numbers and commas; ``name`` says whose value it was.
+    """
+    try:
+        return tuple(float(share) for share in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{name} must be shares such as 0.2,0.6; got {text!r}") from error
 
 
 @dc.dataclass(frozen=True, kw_only=True)

@@ -68,6 +68,14 @@ class ByLayer(Method):
                 taken[layer] = text
         object.__setattr__(self, "parts", parts)
 
+    @classmethod
+    def joined(cls, methods: Sequence[Method]) -> ByLayer:
+        """Of a method for each layer, from the first: layers one after the other with equal ones are one range."""
+        starts = [i for i, method in enumerate(methods) if i == 0 or method != methods[i - 1]]
+        ends = [*starts[1:], len(methods)]
+        names = [f"{a}-{b - 1}" if b - a > 1 else str(a) for a, b in zip(starts, ends, strict=True)]
+        return cls(parts=tuple((name, methods[a]) for name, a in zip(names, starts, strict=True)))
+
     def _part(self, layer: int) -> Method:
         return next((method for text, method in self.parts if _inside(layer, text)), Dense())
 

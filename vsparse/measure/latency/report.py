@@ -11,43 +11,23 @@ import torch
 
 from vsparse.host import find_roots
 from vsparse.measure.demo import environment
-from vsparse.measure.embedded import EMBEDDED, embedded_pipeline
 from vsparse.measure.latency.figures import Latency
 from vsparse.measure.latency.layer import Layer, assumed, case_of, measure_layer, predict_layer, refusal
 from vsparse.measure.latency.page import page
 from vsparse.measure.latency.rates import machine_rates
 from vsparse.measure.latency.rounds import take_turns
-from vsparse.measure.pipelines import load_pipeline, placed
+from vsparse.measure.pipelines import placed
 from vsparse.measure.recall_report import as_json, write_text
 from vsparse.methods import Method
 from vsparse.profile import Profile
 from vsparse.schedule import Schedule
 
-__all__ = ["ROUNDS", "STEPS", "measured", "one_layer", "target", "write", "write_layer"]
+__all__ = ["ROUNDS", "STEPS", "measured", "one_layer", "write", "write_layer"]
 
 STEPS = 6
 """Denoising steps of the embedded pipeline: rounds are worth more than steps."""
 ROUNDS = 9
 """Of one layer."""
-
-
-def target(model: str | None, *, dtype: str | None = None, device: str | None = None) -> tuple[Any, dict[str, Any]]:
-    """A pipeline, and the size of video that it is asked for where nothing else is said.
-
-    Args:
-        model: As of `load_pipeline`; None: the embedded pipeline, on the CPU. dtype, device: as there.
-
-    Raises:
-        ValueError, FileNotFoundError, ImportError: as of `load_pipeline`; a dtype or device for the embedded pipeline.
-    """
-    if model is None:
-        if dtype is not None or device is not None:
-            raise ValueError("--dtype and --device go with a MODEL; the embedded pipeline runs in float32 on the CPU")
-        pipe, clip = embedded_pipeline(), dc.asdict(dc.replace(EMBEDDED, steps=STEPS))
-    else:
-        pipe, clip = load_pipeline(model, dtype=dtype, device=device), {}
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, clip
 
 
 def measured(
