@@ -293,11 +293,11 @@ def plan(
     from vsparse.measure.skeleton import skeleton
 
     chosen = options.asked(method, settings)
-    several = options.several(gpus, rates, links, gpu_memory, sized=None not in (height, width, frames))
+    size, steps = options.sized(chosen, height, width, frames, steps)
+    several = options.several(gpus, rates, links, gpu_memory, sized=None not in size.values())
     quiet()
     target = skeleton(model)
     schedule = options.schedule(chosen, dense_steps, dense_layers, search_at)
-    size = {"height": height, "width": width, "num_frames": frames}
     made = vsparse.plan(target, chosen, **size, steps=steps, batch=batch, schedule=schedule)
     console.print(tables.plan_table(made, type(target).__name__))
     for name, why in made.skipped.items():

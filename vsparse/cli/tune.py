@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from vsparse.cli.arguments import (
-    MACHINE,
     SPARSITY,
     VIDEO,
     Device,
@@ -64,16 +63,12 @@ def tune(
     ] = None,
     clips: Annotated[
         int, typer.Option(metavar="N", min=1, help="Of each kind, with the embedded model.", rich_help_panel=VIDEO)
-    ] = 4,
+    ] = 8,
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
     steps: Steps = None,
     guidance: Guidance = None,
-    weigh: Annotated[
-        Literal["clips", "answers"] | None,
-        typer.Option(help="By what errors are weighed (clips for small models).", rich_help_panel=MACHINE),
-    ] = None,
     profile: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The profile (profile.toml among the reports).")
     ] = None,
@@ -121,7 +116,7 @@ def tune(
         def told(words: str) -> None:
             progress.update(task, description=words[:70].ljust(70), advance=1)
 
-        result = run.tune(pipe, chosen, wanted, scenes, size, folder, dense_steps=shares, weigh=weigh, told=told)
+        result = run.tune(pipe, chosen, wanted, scenes, size, folder, dense_steps=shares, told=told)
     console.print(page.tried_table(result))
     console.print(page.verified_table(result))
     for words in result.verdicts:

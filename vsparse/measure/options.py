@@ -15,7 +15,7 @@ from vsparse.parallel.rates import Cluster
 from vsparse.profile import Profile, is_profile
 from vsparse.schedule import Schedule
 
-__all__ = ["Several", "asked", "method", "schedule", "settings", "several", "shares", "sizes"]
+__all__ = ["Several", "asked", "method", "schedule", "settings", "several", "shares", "sized", "sizes"]
 
 
 def sizes(text: str, name: str) -> tuple[int, int, int]:
@@ -99,6 +99,16 @@ def schedule(
         search_at=searches,
         ramp=published.ramp,
     )
+
+
+def sized(
+    chosen: Method | Profile, height: int | None, width: int | None, frames: int | None, steps: int | None
+) -> tuple[dict[str, int | None], int | None]:
+    """The size as `vsparse.plan` takes it, and the denoising steps: as typed; nothing typed: those of a profile."""
+    if isinstance(chosen, Profile) and height is width is frames is None:
+        size = chosen.size
+        height, width, frames, steps = size.height, size.width, size.frames, size.steps if steps is None else steps
+    return {"height": height, "width": width, "num_frames": frames}, steps
 
 
 def shares(text: str, name: str) -> tuple[float, ...]:

@@ -97,8 +97,8 @@ def page(found: Result) -> str:
         "<h2>Why</h2>",
         picture(
             as_uri(_weights(found)),
-            "What an error of a head's output does at the end (weight), and how large that error is at a density of a "
-            "quarter: heads high on the right are given more.",
+            "What an error of a head's output does to the model's answer (weight), and how large that error is at a "
+            "density of a quarter: heads high on the right are given more.",
             name="weights",
         ),
         "<h2>What was tried</h2>",

@@ -15,7 +15,7 @@ from vsparse.measure.shapes import held_out, training_scenes
 from vsparse.measure.tune.ledger import Ledger
 from vsparse.measure.tune.page import page
 from vsparse.measure.tune.result import Result, model_of
-from vsparse.measure.tune.search import DENSE_STEPS, Search, Target, Weigh
+from vsparse.measure.tune.search import DENSE_STEPS, Search, Target
 from vsparse.measure.tune.trials import Scene, Trials
 from vsparse.measure.tune.verify import verify
 from vsparse.methods import Method, get_method
@@ -123,7 +123,6 @@ def tune(
     folder: Path,
     *,
     dense_steps: Sequence[float] = DENSE_STEPS,
-    weigh: Weigh | None = None,
     told: Callable[[str], None] = lambda _: None,
 ) -> Result:
     """Find the settings that meet a target with least error, and verify them.
@@ -132,7 +131,7 @@ def tune(
         pipe: A pipeline, not patched; it is left as it came. methods: candidates by name.
         clips: To search with, and to verify with. size: ``height``, ``width``, ``frames``, ``steps``, ``guidance``.
         folder: For the ledger: a search that was stopped goes on from it; another target uses what it holds.
-        dense_steps: Shares of dense steps to try. weigh: as of `Search`. told: hears what is done.
+        dense_steps: Shares of dense steps to try. told: hears what is done.
 
     Raises:
         ValueError: as of `Search`, `Ledger` and `vsparse.apply`; a size that is not whole.
@@ -154,10 +153,9 @@ def tune(
         "candidates": {key: str(method) for key, method in methods.items()},
         "dense_steps": list(dense_steps),
         "calibration": [list(scene) for scene in calibration],
-        "weigh": weigh,
     }
     trials = Trials(pipe, size, Ledger(folder / LEDGER, settings), told)
-    found = Search(trials, methods, calibration, target, dense_steps=dense_steps, weigh=weigh, told=told).run()
+    found = Search(trials, methods, calibration, target, dense_steps=dense_steps, told=told).run()
     verified = verify(trials, found.choice, target, unseen)
     return Result(
         found=found,

@@ -25,12 +25,8 @@ FIRST_DENSITY = 0.35  # at which methods are compared when the target is no dens
 PROBE_AT = 0.25  # density at which heads are about as far off as they are where they are weighed
 PROBED = 2  # clips
 BY_HEAD = 64  # heads of all layers up to which each has a weight of its own
-FEW = 32
 SHARE = 0.25  # of the calls of a generation that are probed
 MOST_INPUTS = 4
-
-
-Weigh = Literal["clips", "answers"]
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -104,9 +100,8 @@ class Search:
 
     1. While calibration clips are made densely, every candidate is tried at several densities on a part of what the
        attention layers are given (`probed`), and the models' own inputs are kept for a few calls.
-    2. One head at a time (one layer, in large models) is made sparse, and what becomes of its error is measured: in the
-       last latents of whole generations, or, which costs less and knows less, in single answers of the model
-       (`sensitivity`). For a squared error of the head's output that is the head's weight.
+    2. One head at a time (one layer, in large models) is made sparse in these calls, and the change of the model's
+       answer measured (`sensitivity`): with the head's output error it gives the weight of that error.
     3. For a budget, densities are shared out (`shared`), with every candidate and number of dense steps; those that
        execute too much are left out. Each is tried on one clip, the best few on all calibration clips.
     4. The winner's budget moves until the target is met as closely as a few tries allow.
@@ -114,7 +109,6 @@ class Search:
     Args:
         trials: With the pipeline, the size and the ledger. candidates: name -> method with a ``density`` per head.
         clips: To calibrate with. target: what is asked for. told: hears what is done.
-        weigh: "clips" or "answers", by which errors are weighed; None: clips for up to `FEW` heads or layers.
     """
 
     def __init__(
@@ -126,7 +120,6 @@ class Search:
         *,
         dense_steps: Sequence[float] = DENSE_STEPS,
         densities: Sequence[float] = DENSITIES,
-        weigh: Weigh | None = None,
         told: Callable[[str], None] = lambda _: None,
     ) -> None:
         if not candidates or not clips or not dense_steps:
@@ -134,7 +127,6 @@ class Search:
         self.trials, self.candidates, self.clips, self.target = trials, dict(candidates), list(clips), target
         self.dense_steps, self.densities, self._told = tuple(dense_steps), tuple(densities), told
         self.ledger: Ledger = trials.ledger
-        self._weigh = weigh
         self._inputs: list[Inputs] = []
         self.tables: dict[str, Table] = {}
         self.weights: list[list[float]] = []
@@ -144,13 +136,6 @@ class Search:
     def steps(self) -> int:
         """Denoising steps of a generation."""
         return int(self.trials.size["steps"])
-
-    @property
-    def weigh(self) -> Weigh:
-        """How errors are weighed."""
-        table = next(iter(self.tables.values())).error
-        heads = sum(map(len, table))
-        return self._weigh or ("clips" if (heads if heads <= BY_HEAD else len(table)) <= FEW else "answers")
 
     def run(self) -> Found:
         """Search.
@@ -184,7 +169,7 @@ class Search:
         self._inputs = []
 
     def _weights(self) -> list[list[float]]:
-        """For each layer and head: squared error of the end for a squared error of its output."""
+        """For each layer and head: squared error of the model's answer for a squared error of its output."""
         name = next(iter(self.candidates))
         table = self.tables[name]
         alone = sum(len(heads) for heads in table.error) <= BY_HEAD
@@ -192,7 +177,7 @@ class Search:
         for layer, heads in enumerate(table.error):
             cells += [(layer, head) for head in range(len(heads))] if alone else [(layer, None)]
         errors = {cell: _errors(table, *cell) for cell in cells}
-        # Errors of one size: large ones saturate, and of tiny ones the end shows nothing but rounding.
+        # Errors of one size: large ones saturate, and of tiny ones the answer shows nothing but rounding.
         near = [min(range(len(table.densities) - 1), key=lambda j: abs(table.densities[j] - PROBE_AT))] * len(cells)
         level = max(median(found[j] for found, j in zip(errors.values(), near, strict=True)), 1e-12)
         found: list[list[float]] = [[0.0] * len(heads) for heads in table.error]
@@ -215,23 +200,14 @@ class Search:
         return {name: dc.asdict(table) for name, table in found.items()}
 
     def _moved(self, name: str, density: float, layer: int, head: int | None) -> float:
-        """Squared relative error of the end when one layer, or one head of it, is sparse."""
+        """Squared relative error of the answer when one layer, or one head of it, is sparse."""
         part = f"layer {layer}" if head is None else f"layer {layer}, head {head}"
         self._told(f"what an error in {part} does")
-        if self.weigh == "answers":
-            found: float = self.ledger.get(
-                f"moved {name} {density!r} {layer} {head}",
-                lambda: sensitivity(self._some_inputs(), self.candidates[name], density, layer, head),
-            )
-            return found
-        densities = [[1.0] * len(heads) for heads in self.tables[name].error]
-        for each in range(len(densities[layer])) if head is None else [head]:
-            densities[layer][each] = density
-        choice = Choice(
-            name=name, method=self.candidates[name], dense_steps=0.0, densities=tuple(map(tuple, densities))
+        found: float = self.ledger.get(
+            f"moved {name} {density!r} {layer} {head}",
+            lambda: sensitivity(self._some_inputs(), self.candidates[name], density, layer, head),
         )
-        errors = [self.trials.outcome(choice, scene).error for scene in self.clips[:PROBED]]
-        return sum(x * x for x in errors) / len(errors)
+        return found
 
     def _some_inputs(self) -> list[Inputs]:
         """A few calls of the models, spread over a generation; made once."""
