@@ -1,0 +1,106 @@
+"""What ``vsparse quality`` does: load, measure, write."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vsparse.measure.embedded import EMBEDDED, embedded_pipeline
+from vsparse.measure.fidelity.page import page
+from vsparse.measure.fidelity.result import Fidelity
+from vsparse.measure.fidelity.rounds import Subject, Told, exact_floor, measured, sheet
+from vsparse.measure.fidelity.vbench import read_prompts, wanted_clips
+from vsparse.measure.pipelines import load_pipeline
+from vsparse.measure.recall_report import as_rows, write_text
+from vsparse.measure.shapes import held_out
+
+__all__ = ["PROMPTS", "prompts_of", "quality_of", "write"]
+
+PROMPTS = 6
+"""Held-out scenes that the embedded pipeline is asked for: one of each colour."""
+_FPS, _FPS_EMBEDDED = 16, 6
+
+
+def prompts_of(model: str | None, prompts: Sequence[str], file: Path | None) -> list[str]:
+    """The prompts that are meant.
+
+    Args:
+        model: As of `quality_of`. prompts: as typed; empty: those of the file. file: as of `read_prompts`; None, and
+            nothing typed: held-out scenes, for the embedded pipeline.
+
+    Raises:
+        ValueError: both are given, or none for a pipeline that has no prompts of its own; as of `read_prompts`.
+    """
+    if prompts and file is not None:
+        raise ValueError("give --prompt or --prompts, not both")
+    if file is not None:
+        return read_prompts(file)
+    if prompts:
+        return list(prompts)
+    if model is not None:
+        raise ValueError("give --prompt TEXT, repeatable, or --prompts FILE: only the embedded pipeline has its own")
+    scenes = held_out()
+    return [scene.prompt for scene in scenes[:: len(scenes) // PROMPTS]]
+
+
+def quality_of(
+    model: str | None,
+    subjects: Sequence[Subject],
+    prompts: Sequence[str],
+    size: Mapping[str, Any],
+    *,
+    folder: Path,
+    seeds: int = 1,
+    first: int = 0,
+    fps: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    offload: bool = False,
+    told: Told = lambda *_: None,
+) -> Fidelity:
+    """Load a pipeline and compare methods in it with dense.
+
+    Args:
+        model: As of `load_pipeline`; None: the embedded one, on the CPU. subjects: methods; the floor is added.
+        prompts, seeds, first: as of `wanted_clips`. size: as of `generate`; None: the pipeline's own.
+        folder: for videos and figures. fps: of the videos; None: 16, or 6 of the embedded pipeline.
+        dtype, device, offload: as of `load_pipeline`. told: as of `measured`.
+
+    Raises:
+        ValueError, NotImplementedError, FileNotFoundError, ImportError: as of `load_pipeline`, `wanted_clips` and
+            `measured`; a dtype or device for the embedded pipeline.
+    """
+    wanted = wanted_clips(prompts, seeds=seeds, first=first)
+    asked = {name: value for name, value in size.items() if value is not None}
+    told("loading", 0, 0)
+    if model is None:
+        if dtype is not None or device is not None or offload:
+            raise ValueError("--dtype, --device and --offload go with a MODEL; the embedded pipeline runs on the CPU")
+        pipe, source = embedded_pipeline(), "the embedded pipeline"
+        asked = {**dc.asdict(EMBEDDED), **asked}
+        fps = fps or _FPS_EMBEDDED
+    else:
+        pipe = load_pipeline(model, dtype=dtype, device=device, offload=offload)
+        source = f"{type(pipe).__name__} of {model}"
+    pipe.set_progress_bar_config(disable=True)
+    return measured(
+        pipe,
+        [exact_floor(), *subjects],
+        wanted,
+        asked,
+        folder=folder,
+        source=source,
+        fps=fps or _FPS,
+        told=told,
+    )
+
+
+def write(folder: Path, found: Fidelity) -> list[Path]:
+    """Write ``report.json`` and ``report.html`` into a folder; each file is whole or not there."""
+    sheets = {clip.name: sheet(folder, clip) for clip in found.clips}
+    written = {folder / "report.json": as_rows(found.as_json()), folder / "report.html": page(found, sheets)}
+    for path, text in written.items():
+        write_text(path, text)
+    return list(written)
