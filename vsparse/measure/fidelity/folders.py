@@ -65,11 +65,12 @@ def compared(
             name=kind,
             kind=kind,
             words=str(path),
-            outcomes={name: x for name, x in outcomes[kind].items() if name in kept},
+            outcomes={name: one for name, one in outcomes[kind].items() if name in kept},
+            videos={name: held[kind][name] for name in outcomes[kind] if name in kept},
         )
         for kind, path in folders
     ]
-    clips = [Wanted(name=name, prompt=prompt_of(Path(name).stem), seed=-1) for name in kept]
+    clips = [Wanted(name=name, prompt=prompt_of(Path(name).stem)) for name in kept]
     notes = ["Frames are those of the files, after their codec; densities and latents are not known."]
     return Fidelity(
         source=f"{sparse} against {dense}",

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
 from pathlib import Path
 
 from vsparse.measure.fidelity import plots, tables
 from vsparse.measure.fidelity.result import Fidelity
-from vsparse.measure.fidelity.vbench import Wanted
+from vsparse.measure.fidelity.sheets import telling
 from vsparse.measure.figures import as_uri
 from vsparse.measure.latency.executed import Executed
 from vsparse.measure.latency.plots import densities
 from vsparse.measure.page import document, environment_rows, paragraph, picture, png_uri, rows
 
-__all__ = ["page", "telling"]
+__all__ = ["page"]
+
+_WHY = {
+    "only": "The only clip",
+    "furthest": "The clip that lies furthest from dense",
+    "middle": "The clip in the middle",
+}
 
 
-def page(found: Fidelity, sheets: dict[str, Path] | None = None) -> str:
+def page(found: Fidelity, sheets: Mapping[str, Path] | None = None) -> str:
     """The page.
 
     Args:
-        found: A comparison. sheets: clip -> its contact sheet; those of `telling` are shown.
+        found: A comparison. sheets: contact sheets, as `vsparse.measure.fidelity.sheets.sheets` draws them.
     """
     said = tables.sentences(found)
     asked = ", ".join(f"{name} {value}" for name, value in found.asked.items() if value is not None)
@@ -85,22 +92,11 @@ def _densities(found: Fidelity) -> list[str]:
     return ["<h2>Density</h2>", *parts] if parts else []
 
 
-def telling(found: Fidelity) -> dict[str, Wanted]:
-    """What to look at: the clip that lies furthest from dense in any method, and the one in the middle."""
-    least = {}
-    for clip in found.clips:
-        values = [found.values(run, "psnr").get(clip.name) for run in found.others if run.kind == "sparse"]
-        least[clip.name] = min((x for x in values if x is not None), default=float("inf"))
-    ordered = sorted(found.clips, key=lambda clip: least[clip.name])
-    chosen = {"furthest from dense": ordered[0], "in the middle": ordered[len(ordered) // 2]}
-    return chosen if len(ordered) > 1 else {"the only one": ordered[0]}
-
-
-def _sheets(found: Fidelity, sheets: dict[str, Path]) -> list[str]:
-    parts: list[str] = []
-    for why, clip in telling(found).items():
-        path = sheets.get(clip.name)
-        if path is not None and path.is_file():
-            words = f"The clip {why}: \u201c{clip.prompt}\u201d, seed {clip.seed}."
-            parts.append(picture(png_uri(path), words, name=f"sheet-{len(parts)}"))
+def _sheets(found: Fidelity, sheets: Mapping[str, Path]) -> list[str]:
+    parts = []
+    for why, path in sheets.items():
+        clip = telling(found)[why]
+        seed = "" if clip.seed is None else f", seed {clip.seed}"
+        words = f"{_WHY[why]}: \u201c{clip.prompt}\u201d{seed}. Frames are those of the files, after their codec."
+        parts.append(picture(png_uri(path), words, name=f"sheet-{why}"))
     return ["<h2>To look at</h2>", *parts] if parts else []

@@ -10,7 +10,8 @@ from typing import Any
 from vsparse.measure.embedded import EMBEDDED, embedded_pipeline
 from vsparse.measure.fidelity.page import page
 from vsparse.measure.fidelity.result import Fidelity
-from vsparse.measure.fidelity.rounds import Subject, Told, exact_floor, measured, sheet
+from vsparse.measure.fidelity.rounds import Subject, Told, exact_floor, measured
+from vsparse.measure.fidelity.sheets import sheets
 from vsparse.measure.fidelity.vbench import read_prompts, wanted_clips
 from vsparse.measure.pipelines import load_pipeline
 from vsparse.measure.recall_report import as_rows, write_text
@@ -98,9 +99,9 @@ def quality_of(
 
 
 def write(folder: Path, found: Fidelity) -> list[Path]:
-    """Write ``report.json`` and ``report.html`` into a folder; each file is whole or not there."""
-    sheets = {clip.name: sheet(folder, clip) for clip in found.clips}
-    written = {folder / "report.json": as_rows(found.as_json()), folder / "report.html": page(found, sheets)}
+    """Write ``report.json``, ``report.html`` and contact sheets into a folder; each file is whole or not there."""
+    drawn = sheets(folder, found)
+    written = {folder / "report.json": as_rows(found.as_json()), folder / "report.html": page(found, drawn)}
     for path, text in written.items():
         write_text(path, text)
-    return list(written)
+    return [*written, *drawn.values()]

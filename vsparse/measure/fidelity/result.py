@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from vsparse.measure.adherence import Adherence, summary
@@ -79,7 +80,7 @@ class Run:
             kernel. "sparse": a method.
         words: Method and schedule. outcomes: by name of the clip.
         recall: Share of the exact softmax on the kept keys; None where it was not measured.
-        without: What is missing -> why, in words; "run": it could not run at all.
+        without: What is missing -> why, in words; "run": it could not run at all. videos: files by name of the clip.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Run:
     outcomes: Mapping[str, Outcome]
     recall: float | None = None
     without: Mapping[str, str] = dc.field(default_factory=dict)
+    videos: Mapping[str, Path] = dc.field(default_factory=dict)
 
 
 @dc.dataclass(frozen=True, kw_only=True, eq=False)

@@ -20,13 +20,12 @@ from vsparse.measure.fidelity.vbench import Wanted, video, write_prompts
 from vsparse.measure.latency.executed import Watcher, watching
 from vsparse.measure.paired import Clip, clip_of
 from vsparse.measure.recall_report import as_json, write_text
-from vsparse.measure.sheet import SheetRow, contact_sheet
 from vsparse.measure.video import write_video
 from vsparse.methods import Method, get_method
 from vsparse.patch import Patch, apply
 from vsparse.schedule import Schedule
 
-__all__ = ["CLIPS", "DENSE", "Subject", "Told", "exact_floor", "measured", "sheet"]
+__all__ = ["CLIPS", "DENSE", "Subject", "Told", "exact_floor", "measured"]
 
 DENSE, CLIPS = "dense", "clips"
 Told = Callable[[str, int, int], None]
@@ -100,13 +99,29 @@ def measured(
     told("attention recall", count - 1, count)
     caught = _recalls(pipe, run, wanted[0], asked, folder, settings, tokens=max(lengths, default=0))
     told("", count, count)
-    runs = [Run(name=DENSE, kind="dense", words=f"{source}, as it comes", outcomes=found[DENSE])]
+    runs = [
+        Run(
+            name=DENSE,
+            kind="dense",
+            words=f"{source}, as it comes",
+            outcomes=found[DENSE],
+            videos={clip.name: video(folder, DENSE, clip.name) for clip in wanted},
+        )
+    ]
     for one in subjects:
         recall, why = caught.get(one.name, (None, ""))
         without = {"run": refused[one.name]} if one.name in refused else {"recall": why} if why else {}
         outcomes = found.get(one.name, {})
         runs.append(
-            Run(name=one.name, kind=one.kind, words=one.words, outcomes=outcomes, recall=recall, without=without)
+            Run(
+                name=one.name,
+                kind=one.kind,
+                words=one.words,
+                outcomes=outcomes,
+                recall=recall,
+                without=without,
+                videos={name: video(folder, one.name, name) for name in outcomes},
+            )
         )
     return Fidelity(source=source, asked=dict(asked), clips=wanted, runs=runs, environment=environment())
 
@@ -136,7 +151,7 @@ def _made(
     fps: int,
     told: Callable[[str, int], None],
 ) -> dict[str, Outcome]:
-    """One clip by every run; videos and a contact sheet are written before it counts as made."""
+    """One clip by every run; the videos are written before it counts as made."""
     given = {**asked, "prompt": wanted.prompt, "seed": wanted.seed}
     told(DENSE, 0)
     dense = clip_of(pipe, given)
@@ -151,25 +166,7 @@ def _made(
         shown[subject.name] = dc.replace(clip, latents=())
     for name, clip in shown.items():
         write_video(video(folder, name, wanted.name), clip.frames, fps=fps)
-    rows = [SheetRow(name=name, facts=_facts(found[name]), frames=clip.frames) for name, clip in shown.items()]
-    contact_sheet(sheet(folder, wanted), rows, title=f"{wanted.prompt}, seed {wanted.seed}", columns=6)
     return found
-
-
-def sheet(folder: Path, wanted: Wanted) -> Path:
-    """Where the contact sheet of a clip lies."""
-    return folder / CLIPS / f"{wanted.name}.png"
-
-
-def _facts(outcome: Outcome) -> list[str]:
-    lines = []
-    if outcome.distance is not None:
-        lines.append(f"PSNR {outcome.distance.psnr:.1f} dB, SSIM {outcome.distance.ssim:.3f}")
-    if outcome.ran is not None:
-        lines.append(f"density {outcome.ran.density:.3f}, {outcome.ran.dense_steps} of {outcome.ran.steps} steps dense")
-    if outcome.seen is not None:
-        lines.append(f"seen: {outcome.seen.right} of 5 properties")
-    return lines
 
 
 @contextlib.contextmanager

@@ -24,11 +24,11 @@ _UNSAFE = re.compile(r"[/\\\x00-\x1f]")
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """One clip: ``name`` is the name of its files, without ".mp4"."""
+    """One clip: ``name`` is the name of its files, without ".mp4"; no ``seed`` where it is not known."""
 
     name: str
     prompt: str
-    seed: int
+    seed: int | None = None
 
 
 def wanted_clips(prompts: Sequence[str], *, seeds: int = 1, first: int = 0) -> list[Wanted]:
