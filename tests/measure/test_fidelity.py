@@ -263,7 +263,7 @@ def test_sentences_compare_with_the_floor_clip_by_clip() -> None:
     ("beyond", "words"),
     [
         ([], ""),
-        ([30.0, 31.0, 32.0], "clip by clip 28.5 to 33.5 dB further away than the floor"),
+        ([30.0, 31.0, 32.0], "clip by clip 31.0 dB further away than the floor in the mean (28.5 to 33.5)"),
         ([30.0], "; 30.0 dB further away than the floor"),
         ([-1.0], "; not beyond the floor"),
         ([math.inf, math.inf], "further away than the floor in 2 of 2 clips, some of them equal to dense"),

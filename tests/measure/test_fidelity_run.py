@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from vsparse.measure.fidelity.result import Fidelity
 from vsparse.measure.fidelity.rounds import Subject, exact_floor, measured
 from vsparse.measure.fidelity.sheets import telling
 from vsparse.measure.fidelity.vbench import wanted_clips
-from vsparse.measure.shapes import COLORS, parse
+from vsparse.measure.shapes import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, held_out, parse
 from vsparse.measure.video import read_video, write_video
 from vsparse.methods import get_method
 from vsparse.schedule import Schedule
@@ -118,10 +119,13 @@ def test_a_floor_that_cannot_run_is_said_and_a_method_is_refused(
         compare(pipe, tmp_path / "other", exact_floor(), subject(density=1.0))
 
 
-def test_prompts_of_the_embedded_pipeline_have_every_colour() -> None:
-    found = report.prompts_of(None, [], None)
-    assert len(found) == report.PROMPTS
-    assert {parse(text).color for text in found} == set(COLORS)
+def test_prompts_of_the_embedded_pipeline_are_mixed() -> None:
+    found = [parse(text) for text in report.prompts_of(None, [], None)]
+    assert all(scene in held_out() for scene in found)
+    assert Counter(scene.color for scene in found) == dict.fromkeys(COLORS, 1)
+    assert Counter(scene.shape for scene in found) == dict.fromkeys(SHAPES, 2)
+    assert Counter(scene.background for scene in found) == dict.fromkeys(BACKGROUNDS, 3)
+    assert {scene.direction for scene in found} == set(DIRECTIONS)
     assert report.prompts_of("x", ["a cat"], None) == ["a cat"]
     with pytest.raises(ValueError, match="not both"):
         report.prompts_of(None, ["a"], Path("b"))

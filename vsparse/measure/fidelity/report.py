@@ -17,10 +17,11 @@ from vsparse.measure.pipelines import load_pipeline
 from vsparse.measure.recall_report import as_rows, write_text
 from vsparse.measure.shapes import held_out
 
-__all__ = ["PROMPTS", "prompts_of", "quality_of", "write"]
+__all__ = ["SCENES", "prompts_of", "quality_of", "write"]
 
-PROMPTS = 6
-"""Held-out scenes that the embedded pipeline is asked for: one of each colour."""
+SCENES = (0, 7, 9, 14, 16, 23)
+"""Held-out scenes that the embedded pipeline is asked for: each colour once, each shape twice, all four directions,
+three on each ground."""
 _FPS, _FPS_EMBEDDED = 16, 6
 
 
@@ -42,8 +43,7 @@ def prompts_of(model: str | None, prompts: Sequence[str], file: Path | None) -> 
         return list(prompts)
     if model is not None:
         raise ValueError("give --prompt TEXT, repeatable, or --prompts FILE: only the embedded pipeline has its own")
-    scenes = held_out()
-    return [scene.prompt for scene in scenes[:: len(scenes) // PROMPTS]]
+    return [held_out()[i].prompt for i in SCENES]
 
 
 def quality_of(

@@ -42,8 +42,9 @@ class Subject:
 
     @property
     def words(self) -> str:
-        """Method and schedule."""
-        return f"{self.method}; {self.schedule}"
+        """Method and schedule, and whether the method is meant to be trained."""
+        trained = "; meant to be trained, applied as it begins" if self.method.paper.trained else ""
+        return f"{self.method}; {self.schedule}{trained if self.kind == 'sparse' else ''}"
 
 
 def exact_floor() -> Subject:
@@ -80,50 +81,61 @@ def measured(
     """
     refused = {one.name: why for one in subjects if (why := _refusal(pipe, one))}
     run = [one for one in subjects if one.name not in refused]
-    settings = _settings(pipe, run, asked)
+    settings = {**_settings(pipe, run, asked), "fps": fps}
     count = len(wanted) * (1 + len(run)) + 1
+    found = _all_clips(pipe, run, wanted, asked, settings, folder=folder, fps=fps, told=told, count=count)
+    write_prompts(folder, wanted)
+    lengths = [x.ran.tokens for outcomes in found.values() for x in outcomes.values() if x.ran is not None]
+    told("attention recall", count - 1, count)
+    caught = _recalls(pipe, run, wanted[0], asked, folder, settings, tokens=max(lengths, default=0))
+    told("", count, count)
+    words = {DENSE: f"{source}, as it comes", **{one.name: one.words for one in subjects}}
+    kinds: dict[str, Kind] = {DENSE: "dense", **{one.name: one.kind for one in subjects}}
+    runs = []
+    for name in words:
+        recall, why = caught.get(name, (None, ""))
+        outcomes = found.get(name, {})
+        runs.append(
+            Run(
+                name=name,
+                kind=kinds[name],
+                words=words[name],
+                outcomes=outcomes,
+                recall=recall,
+                without={key: x for key, x in (("run", refused.get(name)), ("recall", why)) if x},
+                videos={clip: video(folder, name, clip) for clip in outcomes},
+            )
+        )
+    return Fidelity(source=source, asked=dict(asked), clips=wanted, runs=runs, environment=environment())
+
+
+def _all_clips(
+    pipe: Any,
+    run: Sequence[Subject],
+    wanted: Sequence[Wanted],
+    asked: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    folder: Path,
+    fps: int,
+    told: Told,
+    count: int,
+) -> dict[str, dict[str, Outcome]]:
+    """Run -> clip -> what came of it; each clip is written down before the next one begins."""
     found: dict[str, dict[str, Outcome]] = {DENSE: {}, **{one.name: {} for one in run}}
     (folder / CLIPS).mkdir(parents=True, exist_ok=True)
     for i, clip in enumerate(wanted):
+        label, over = f"clip {i + 1} of {len(wanted)}", i * (1 + len(run))
+        told(f"{label}: looking", over, count)
         known = _known(folder, clip, settings)
         if known is None:
-            label, over = f"clip {i + 1} of {len(wanted)}", i * (1 + len(run))
             known = _made(pipe, run, clip, asked, folder=folder, fps=fps, told=_counted(told, label, over, count))
             made = {name: outcome.as_json() for name, outcome in known.items()}
             mine = {**settings, "clip": dc.asdict(clip)}
             write_text(folder / CLIPS / f"{clip.name}.json", as_json({"settings": mine, "runs": made}))
         for name, outcome in known.items():
             found[name][clip.name] = outcome
-    write_prompts(folder, wanted)
-    lengths = [x.ran.tokens for outcomes in found.values() for x in outcomes.values() if x.ran is not None]
-    told("attention recall", count - 1, count)
-    caught = _recalls(pipe, run, wanted[0], asked, folder, settings, tokens=max(lengths, default=0))
-    told("", count, count)
-    runs = [
-        Run(
-            name=DENSE,
-            kind="dense",
-            words=f"{source}, as it comes",
-            outcomes=found[DENSE],
-            videos={clip.name: video(folder, DENSE, clip.name) for clip in wanted},
-        )
-    ]
-    for one in subjects:
-        recall, why = caught.get(one.name, (None, ""))
-        without = {"run": refused[one.name]} if one.name in refused else {"recall": why} if why else {}
-        outcomes = found.get(one.name, {})
-        runs.append(
-            Run(
-                name=one.name,
-                kind=one.kind,
-                words=one.words,
-                outcomes=outcomes,
-                recall=recall,
-                without=without,
-                videos={name: video(folder, one.name, name) for name in outcomes},
-            )
-        )
-    return Fidelity(source=source, asked=dict(asked), clips=wanted, runs=runs, environment=environment())
+    return found
 
 
 def _counted(told: Told, label: str, over: int, count: int) -> Callable[[str, int], None]:

@@ -180,7 +180,7 @@ def _against(beyond: list[float]) -> str:
     low, high = spread.interval
     if low <= 0.0:
         return f"; no difference from the floor can be told ({low:.1f} to {high:.1f} dB further away)"
-    return f"; clip by clip {low:.1f} to {high:.1f} dB further away than the floor"
+    return f"; clip by clip {spread.mean:.1f} dB further away than the floor in the mean ({low:.1f} to {high:.1f})"
 
 
 def left_out(found: Fidelity) -> list[str]:
