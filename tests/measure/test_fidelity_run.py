@@ -181,6 +181,7 @@ def test_folders_are_paired_by_name_and_nothing_is_dropped(tmp_path: Path) -> No
     assert found.floor is not None
     assert "latents, last step: not measured: videos on disk have no latents." in tables.missing(found)
     assert len(tables.left_out(found)) == 7
+    assert [row[2:6] for row in tables.ran_rows(found)] == [["\u2013"] * 4] * 3, "nobody knows what ran"
     text = page(found)
     assert "In no figure: 7 files" in text
     assert "decord cannot open it" in text

@@ -51,7 +51,9 @@ def ran_rows(found: Fidelity) -> list[list[str]]:
         seen = found.spread(run, SEEN)
         cells = [run.name, str(len(found.outcomes(run)))]
         if run.kind == "dense":
-            cells += ["1", "all", "all", "1"]
+            # Of videos on disk nobody knows it.
+            known = any(found.density(one) is not None for one in found.others)
+            cells += ["1", "all", "all", "1"] if known else [NONE] * 4
         else:
             cells += [_number(found.density(run), ".3f"), *_dense(found, run), _number(run.recall, ".3f")]
         lines.append([*cells, NONE if seen is None else f"{seen.mean:.2f}"])
