@@ -26,6 +26,7 @@ from vsparse.measure.fidelity.vbench import prompt_of, read_prompts, video, want
 from vsparse.measure.paired import Clip
 from vsparse.measure.shapes import draw, scenes
 from vsparse.methods import get_method
+from vsparse.methods.by_layer import ByLayer
 from vsparse.methods.samples import Sample
 
 # ---- spread ----------------------------------------------------------------------------------------------------------
@@ -180,6 +181,8 @@ def test_recall_of_a_method_on_recorded_calls() -> None:
     value, why = recall_of(method, {("transformer", 0): [flat, flat]})
     assert value == pytest.approx(0.25), "attention is spread evenly: recall is the density"
     assert why == ""
+    mixed = ByLayer(parts={"0": method})
+    assert recall_of(mixed, {("t", 0): [flat], ("t", 1): [flat]}) == (pytest.approx((0.25 + 1) / 2), "")
     assert recall_of(method, {}) == (None, "no attention call was recorded")
     trained, why = recall_of(get_method("dsv")().replace(tile=(1, 2, 2), block=4, stage="sparse"), {("t", 0): [flat]})
     assert trained is None

@@ -30,6 +30,8 @@ from vsparse.measure.fidelity.vbench import wanted_clips
 from vsparse.measure.shapes import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, held_out, parse
 from vsparse.measure.video import read_video, write_video
 from vsparse.methods import get_method
+from vsparse.methods.by_layer import ByLayer
+from vsparse.profile import Model, Profile, Size
 from vsparse.schedule import Schedule
 
 SIZE = {"height": 32, "width": 32, "frames": 5, "steps": 2}
@@ -136,6 +138,18 @@ def test_prompts_of_the_embedded_pipeline_are_mixed() -> None:
         report.prompts_of(None, ["a"], Path("b"))
     with pytest.raises(ValueError, match="give --prompt TEXT"):
         report.prompts_of("x", [], None)
+
+
+def test_a_profile_is_compared_under_its_name(tmp_path: Path) -> None:
+    method = ByLayer(parts={"0": get_method("vsa")().replace(**SPARSE)})
+    model = Model(name="WanTransformer3DModel", layers=2, heads=2, head_dim=32)
+    size = Size(height=32, width=32, frames=5, steps=2)
+    path = Profile(method=method, model=model, size=size, about="for a test", name="own").write(tmp_path / "own.toml")
+    (chosen,) = options.methods([str(path)], [])
+    assert isinstance(chosen, Profile)
+    subject = Subject(name=chosen.name, method=chosen, schedule=options.schedule(chosen, None, None, None))
+    assert subject.chooses == method
+    assert subject.words.startswith("own: for a test; ByLayer(")
 
 
 def test_options_of_all_methods_and_of_one() -> None:

@@ -39,7 +39,7 @@ def quality(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            "--method", "-m", metavar="KEY", help="Repeat it for several; adaspa if none.", rich_help_panel=SPARSITY
+            "--method", "-m", metavar="KEY", help="Or a profile; repeatable; adaspa if none.", rich_help_panel=SPARSITY
         ),
     ] = None,
     settings: Annotated[
@@ -102,6 +102,7 @@ def quality(
     from vsparse.measure.fidelity import folders, report, tables
     from vsparse.measure.fidelity.rounds import Subject
     from vsparse.measure.video import check_folder
+    from vsparse.methods import Method
 
     if videos is not None:
         generating = {
@@ -121,7 +122,11 @@ def quality(
             raise ValueError("--floor goes with --videos; where videos are made, the floor is made, too")
         chosen = options.methods(method or ["adaspa"], settings or [])
         subjects = [
-            Subject(name=one.key, method=one, schedule=options.schedule(one, dense_steps, dense_layers, search_at))
+            Subject(
+                name=one.key if isinstance(one, Method) else one.name,
+                method=one,
+                schedule=options.schedule(one, dense_steps, dense_layers, search_at),
+            )
             for one in chosen
         ]
         texts = report.prompts_of(model, prompt or [], prompts)

@@ -79,11 +79,12 @@ def asked(key: str, pairs: Sequence[str]) -> Method | Profile:
     return dc.replace(profile, method=profile.method.replace(**settings(pairs))) if pairs else profile
 
 
-def methods(keys: Sequence[str], pairs: Sequence[str]) -> list[Method]:
-    """Several methods, with options as typed: ``density=0.5`` for all of them, ``vsa.density=0.3`` for one instead.
+def methods(keys: Sequence[str], pairs: Sequence[str]) -> list[Method | Profile]:
+    """Several methods as of `asked`: ``density=0.5`` holds for all of them, ``vsa.density=0.3`` for one instead.
 
     Raises:
-        ValueError: a key twice, an option of a method that is not among them, or as of `method`.
+        ValueError: a key twice, an option of a method that is not among them, or as of `asked`.
+        FileNotFoundError: as of `asked`.
     """
     if len(set(keys)) < len(keys):
         raise ValueError(f"--method names {next(key for key in keys if keys.count(key) > 1)!r} twice")
@@ -98,10 +99,10 @@ def methods(keys: Sequence[str], pairs: Sequence[str]) -> list[Method]:
             own[key].append(f"{field}{equals}{value}")
         else:
             raise ValueError(f"--set {pair!r}: {key!r} is none of the methods {', '.join(keys)}")
-    found = []
+    found: list[Method | Profile] = []
     for key in keys:
         named = {pair.partition("=")[0] for pair in own[key]}
-        found.append(method(key, [*(pair for pair in shared if pair.partition("=")[0] not in named), *own[key]]))
+        found.append(asked(key, [*(pair for pair in shared if pair.partition("=")[0] not in named), *own[key]]))
     return found
 
 

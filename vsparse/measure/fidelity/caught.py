@@ -8,7 +8,9 @@ import torch
 
 from vsparse.measure.calibrate import Recorded
 from vsparse.measure.recall import kept_by, key_mass
-from vsparse.methods import Method
+from vsparse.methods import Method, Site
+from vsparse.methods.by_layer import ByLayer
+from vsparse.methods.dense import Dense
 
 __all__ = ["CALLS", "MOST_TOKENS", "recall_of", "too_long"]
 
@@ -37,13 +39,17 @@ def recall_of(method: Method, recorded: Recorded) -> tuple[float | None, str]:
     shares = []
     for (_, layer), samples in recorded.items():
         for given in samples:
+            part = method.of(Site.alone(heads=1, head_dim=1, layer=layer)) if isinstance(method, ByLayer) else method
+            if part is not method and isinstance(part, Dense):
+                shares.append(torch.ones((), dtype=torch.float64))  # such a layer keeps every key
+                continue
             q, k, v = (x[:1].float() for x in (given.q, given.k, given.v))
             length = given.text_length
             if length is not None and int(length[0]) != given.grid.text:
                 return None, "the text of the recorded calls is padded"
             sample = dc.replace(given, q=q, k=k, v=v, text_length=None)
             try:
-                kept = kept_by(method, sample, layer=layer)
+                kept = kept_by(part, sample, layer=layer)
             except ValueError as error:
                 return None, str(error)
             shares.append(kept.recall(key_mass(sample, kept.block, kept.keep.shape[-1])).mean())

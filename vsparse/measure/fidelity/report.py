@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses as dc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vsparse.measure.embedded import EMBEDDED, embedded_pipeline
+from vsparse.measure.embedded import opened
 from vsparse.measure.fidelity.page import page
 from vsparse.measure.fidelity.result import Fidelity
 from vsparse.measure.fidelity.rounds import Subject, Told, exact_floor, measured
 from vsparse.measure.fidelity.sheets import sheets
 from vsparse.measure.fidelity.vbench import read_prompts, wanted_clips
-from vsparse.measure.pipelines import load_pipeline
 from vsparse.measure.recall_report import as_rows, write_text
 from vsparse.measure.shapes import held_out
 
@@ -70,30 +68,22 @@ def quality_of(
         dtype, device, offload: as of `load_pipeline`. told: as of `measured`.
 
     Raises:
-        ValueError, NotImplementedError, FileNotFoundError, ImportError: as of `load_pipeline`, `wanted_clips` and
-            `measured`; a dtype or device for the embedded pipeline.
+        ValueError, NotImplementedError, FileNotFoundError, ImportError: as of `opened`, `wanted_clips` and
+            `measured`.
     """
     wanted = wanted_clips(prompts, seeds=seeds, first=first)
     asked = {name: value for name, value in size.items() if value is not None}
     told("loading", 0, 0)
-    if model is None:
-        if dtype is not None or device is not None or offload:
-            raise ValueError("--dtype, --device and --offload go with a MODEL; the embedded pipeline runs on the CPU")
-        pipe, source = embedded_pipeline(), "the embedded pipeline"
-        asked = {**dc.asdict(EMBEDDED), **asked}
-        fps = fps or _FPS_EMBEDDED
-    else:
-        pipe = load_pipeline(model, dtype=dtype, device=device, offload=offload)
-        source = f"{type(pipe).__name__} of {model}"
-    pipe.set_progress_bar_config(disable=True)
+    pipe, usual = opened(model, dtype=dtype, device=device, offload=offload)
+    source = "the embedded pipeline" if model is None else f"{type(pipe).__name__} of {model}"
     return measured(
         pipe,
         [exact_floor(), *subjects],
         wanted,
-        asked,
+        {**usual, **asked},
         folder=folder,
         source=source,
-        fps=fps or _FPS,
+        fps=fps or (_FPS if model is not None else _FPS_EMBEDDED),
         told=told,
     )
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vsparse.fingerprint import digest
 from vsparse.host import find_roots
 from vsparse.measure.calibrate import recording
 from vsparse.measure.demo import FLOORS, environment
@@ -23,6 +23,7 @@ from vsparse.measure.recall_report import as_json, write_text
 from vsparse.measure.video import write_video
 from vsparse.methods import Method, get_method
 from vsparse.patch import Patch, apply
+from vsparse.profile import Profile
 from vsparse.schedule import Schedule
 
 __all__ = ["CLIPS", "DENSE", "Subject", "Told", "exact_floor", "measured"]
@@ -33,18 +34,24 @@ Told = Callable[[str, int, int], None]
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is compared with dense: a method under a name, or a floor."""
+    """What is compared with dense: a method or a profile under a name, or a floor."""
 
     name: str
-    method: Method
+    method: Method | Profile
     schedule: Schedule
     kind: Kind = "sparse"
 
     @property
+    def chooses(self) -> Method:
+        """The method, that of a profile."""
+        return self.method.method if isinstance(self.method, Profile) else self.method
+
+    @property
     def words(self) -> str:
         """Method and schedule, and whether the method is meant to be trained."""
-        trained = "; meant to be trained, applied as it begins" if self.method.paper.trained else ""
-        return f"{self.method}; {self.schedule}{trained if self.kind == 'sparse' else ''}"
+        trained = "; meant to be trained, applied as it begins" if self.chooses.paper.trained else ""
+        about = f"{self.method}; " if isinstance(self.method, Profile) else ""
+        return f"{about}{self.chooses}; {self.schedule}{trained if self.kind == 'sparse' else ''}"
 
 
 def exact_floor() -> Subject:
@@ -211,12 +218,11 @@ def _settings(pipe: Any, subjects: Sequence[Subject], asked: Mapping[str, Any]) 
     told = []
     for root in roots:
         mark = host.fingerprint(root.module)
-        weights = {name: x.float().tolist() for name, x in mark.weights.items()}
-        told.append((root.name, mark.model, repr(sorted(mark.config.items())), repr(weights)))
+        told.append([root.name, mark.model, digest(mark), repr(sorted(mark.config.items()))])
     known: Any = roots[0].module
     return {
         "pipeline": type(pipe).__name__,
-        "model": hashlib.sha256(repr(told).encode()).hexdigest(),
+        "models": told,
         "device": str(pipe.device),
         "dtype": str(known.dtype),
         "asked": {name: asked[name] for name in sorted(asked)},
@@ -253,7 +259,7 @@ def _recalls(
     tokens: int,
 ) -> dict[str, tuple[float | None, str]]:
     """Recall of every method on the dense model's q and k of the first clip."""
-    methods = {one.name: one.method for one in subjects if one.kind == "sparse"}
+    methods = {one.name: one.chooses for one in subjects if one.kind == "sparse"}
     if why := too_long(tokens):
         return dict.fromkeys(methods, (None, why))
     made_with = {**settings, "clip": dc.asdict(wanted), "calls": CALLS}
