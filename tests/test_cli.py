@@ -22,7 +22,7 @@ from vsparse.measure.video import read_video
 from vsparse.methods import get_method, list_methods
 from vsparse.parallel.context import parse
 
-COMMANDS = ("demo", "generate", "plan", "methods", "doctor", "draw", "latency", "profiles")
+COMMANDS = ("demo", "generate", "plan", "methods", "doctor", "draw", "latency", "quality", "profiles")
 MODEL = ["plan", "WanTransformer3DModel"]
 SIZE = ["--height", 128, "--width", 128, "--frames", 9]
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from vsparse.cli import latency as latency_command
 from vsparse.cli import profiles as profiles_command
+from vsparse.cli import quality as quality_command
 from vsparse.cli import tune as tune_command
 from vsparse.cli.arguments import (
     INSIDE,
@@ -405,3 +406,4 @@ def draw(
 app.command(rich_help_panel=INSIDE)(latency_command.latency)
 app.command(rich_help_panel=INSIDE)(profiles_command.profiles)
 app.command(rich_help_panel=USE)(tune_command.tune)
+app.command(rich_help_panel=INSIDE)(quality_command.quality)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ParamSpec
 
 try:
@@ -14,7 +15,7 @@ try:
 except ImportError as missing:
     raise ImportError(f'the vsparse command needs typer and rich: pip install "vsparse[cli]" ({missing})') from missing
 
-__all__ = ["Console", "console", "errors", "flags", "plainly", "progress_bar", "quiet", "typer"]
+__all__ = ["Console", "console", "errors", "flags", "plainly", "progress_bar", "quiet", "told_bar", "typer"]
 
 P = ParamSpec("P")
 
@@ -58,3 +59,15 @@ def quiet() -> None:
 def progress_bar() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console)
+
+
+@contextlib.contextmanager
+def told_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar that says what runs, how much of it is over, and how much there is (0: not known yet)."""
+    with progress_bar() as progress:
+        task = progress.add_task("", total=None)
+
+        def began(name: str, done: int, all_of_them: int) -> None:
+            progress.update(task, description=name.ljust(18), completed=done, total=all_of_them or None)
+
+        yield began

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -22,21 +20,9 @@ from vsparse.cli.arguments import (
     Steps,
     Width,
 )
-from vsparse.cli.common import console, plainly, progress_bar, quiet, typer
+from vsparse.cli.common import console, plainly, quiet, told_bar, typer
 
 __all__ = ["latency"]
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar that says what runs, how much of it is over, and how much there is (0: not known yet)."""
-    with progress_bar() as progress:
-        task = progress.add_task("", total=None)
-
-        def began(name: str, done: int, all_of_them: int) -> None:
-            progress.update(task, description=name.ljust(18), completed=done, total=all_of_them or None)
-
-        yield began
 
 
 @plainly
@@ -114,7 +100,7 @@ def latency(
         }
         if stray := [name for name, value in of_videos.items() if value is not None]:
             raise ValueError(f"--layer measures single calls, without a generation: leave out {', '.join(stray)}")
-        with _told() as began:
+        with told_bar() as began:
             one = report.one_layer(
                 layer, chosen, size=size, dtype=dtype, device=device, rounds=rounds, again=fresh_rates, began=began
             )
@@ -129,7 +115,7 @@ def latency(
         pipe, clip = opened(model, dtype=dtype, device=device, steps=report.STEPS)
     given = {**size, "steps": steps}
     asked = {**clip, **{name: value for name, value in given.items() if value is not None}}
-    with _told() as began:
+    with told_bar() as began:
         found = report.measured(
             pipe,
             chosen,

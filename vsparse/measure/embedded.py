@@ -49,23 +49,30 @@ def embedded_pipeline() -> Any:
 
 
 def opened(
-    model: str | None, *, dtype: str | None = None, device: str | None = None, steps: int | None = None
+    model: str | None,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    offload: bool = False,
+    steps: int | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """A pipeline, silent, and the size of video that it is asked for where nothing else is said.
 
     Args:
-        model: As of `load_pipeline`; None: the embedded pipeline, on the CPU. dtype, device: as there.
+        model: As of `load_pipeline`; None: the embedded pipeline, on the CPU. dtype, device, offload: as there.
         steps: Denoising steps of the embedded one; None: `EMBEDDED`'s.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: as of `load_pipeline`; a dtype or device for the embedded pipeline.
+        ValueError, FileNotFoundError, ImportError: as of `load_pipeline`; one of these for the embedded pipeline.
     """
     if model is None:
-        if dtype is not None or device is not None:
-            raise ValueError("--dtype and --device go with a MODEL; the embedded pipeline runs in float32 on the CPU")
+        if dtype is not None or device is not None or offload:
+            raise ValueError(
+                "--dtype, --device and --offload go with a MODEL; the embedded pipeline runs in float32 on the CPU"
+            )
         clip = EMBEDDED if steps is None else dc.replace(EMBEDDED, steps=steps)
         pipe, size = embedded_pipeline(), dc.asdict(clip)
     else:
-        pipe, size = load_pipeline(model, dtype=dtype, device=device), {}
+        pipe, size = load_pipeline(model, dtype=dtype, device=device, offload=offload), {}
     pipe.set_progress_bar_config(disable=True)
     return pipe, size

@@ -15,7 +15,7 @@ from vsparse.parallel.rates import Cluster
 from vsparse.profile import Profile, is_profile
 from vsparse.schedule import Schedule
 
-__all__ = ["Several", "asked", "method", "schedule", "settings", "several", "shares", "sized", "sizes"]
+__all__ = ["Several", "asked", "method", "methods", "schedule", "settings", "several", "shares", "sized", "sizes"]
 
 
 def sizes(text: str, name: str) -> tuple[int, int, int]:
@@ -77,6 +77,33 @@ def asked(key: str, pairs: Sequence[str]) -> Method | Profile:
         return method(key, pairs)
     profile = Profile.read(key)
     return dc.replace(profile, method=profile.method.replace(**settings(pairs))) if pairs else profile
+
+
+def methods(keys: Sequence[str], pairs: Sequence[str]) -> list[Method | Profile]:
+    """Several methods as of `asked`: ``density=0.5`` holds for all of them, ``vsa.density=0.3`` for one instead.
+
+    Raises:
+        ValueError: a key twice, an option of a method that is not among them, or as of `asked`.
+        FileNotFoundError: as of `asked`.
+    """
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"--method names {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    shared: list[str] = []
+    own: dict[str, list[str]] = {key: [] for key in keys}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        key, dot, field = name.partition(".")
+        if not dot:
+            shared.append(pair)
+        elif key in own:
+            own[key].append(f"{field}{equals}{value}")
+        else:
+            raise ValueError(f"--set {pair!r}: {key!r} is none of the methods {', '.join(keys)}")
+    found: list[Method | Profile] = []
+    for key in keys:
+        named = {pair.partition("=")[0] for pair in own[key]}
+        found.append(asked(key, [*(pair for pair in shared if pair.partition("=")[0] not in named), *own[key]]))
+    return found
 
 
 def schedule(

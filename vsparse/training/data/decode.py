@@ -29,7 +29,7 @@ from torch import Tensor
 from vsparse.optional import require
 from vsparse.training.data.buckets import Bucket, choose_bucket, source_frames
 
-__all__ = ["ClipError", "Probe", "bucket_for", "probe", "read_clip"]
+__all__ = ["ClipError", "Probe", "bucket_for", "probe", "read_all", "read_clip"]
 
 _NO_REPEATS = 1e-6  # the share of frames put in for missing ones above which decord raises; 0 would let them pass
 _NO_VIDEO = "decord cannot open it: cut off, damaged, no video, or of a kind that it does not read (AV1, GIF)"
@@ -95,6 +95,19 @@ def read_clip(path: str | os.PathLike[str], bucket: Bucket, *, start: int) -> Te
         raise ClipError(path, f"too short: frame {wanted[-1]} is needed, it has {reader.count}")
     found = {i: frame.clone() for i, frame in enumerate(reader.frames(wanted[-1] + 1)) if i in set(wanted)}
     return torch.stack([found[i] for i in wanted])
+
+
+def read_all(path: str | os.PathLike[str]) -> Tensor:
+    """Decode every frame of a video.
+
+    Returns:
+        uint8 ``[F, h, w, 3]``, at least one frame.
+
+    Raises:
+        ClipError: no such file, no video, no frames, or damaged anywhere. ImportError: decord is missing.
+    """
+    reader = _Reader(path)
+    return torch.stack([frame.clone() for frame in reader.frames(reader.count)])
 
 
 def bucket_for(path: str | os.PathLike[str], buckets: Sequence[Bucket]) -> tuple[Bucket, Probe]:
