@@ -13,7 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-RUNTIME = ("diffusers", "cli", "lora", "train")  # the extras that library code may import
+APART = ("xformers",)  # the extras that are asked for by name only: not in `all`, not pinned, not installed by `make`
+RUNTIME = ("diffusers", "cli", "lora", "train", *APART)  # the extras that library code may import
 
 IMPORTED_AS = {"yaml": "pyyaml"}  # the others have the names of their distributions
 
