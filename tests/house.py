@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses as dc
+import functools
 import re
 import sys
 import tomllib
@@ -72,7 +73,7 @@ class Source:
     path: str
     text: str
 
-    @property
+    @functools.cached_property
     def tree(self) -> ast.Module:
         return ast.parse(self.text)
 
@@ -131,7 +132,9 @@ class Import:
         return unit_of(inner) if inner and inner[0] in TOP else "__init__"
 
 
-def imports(source: Source) -> Iterator[Import]:
+@functools.cache
+def imports(source: Source) -> tuple[Import, ...]:
+    """All of a file: several rules look at them."""
     package = source.path.split("/")[:-1]
 
     def walk(node: ast.AST, deferred: bool) -> Iterator[Import]:
@@ -148,7 +151,7 @@ def imports(source: Source) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
             yield from walk(child, inside)
 
-    yield from walk(source.tree, False)
+    return tuple(walk(source.tree, False))
 
 
 def may_see(unit: str) -> frozenset[str] | None:
