@@ -11,6 +11,7 @@ reference's, root mean square over the parameters.
 from __future__ import annotations
 
 import dataclasses as dc
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -127,6 +128,14 @@ class Standard:
         assert exact.calls, "no attention was exchanged: the truth would be the reference"
         return cls(truth, tuple(stock_runs(run, tokens)))
 
+    @functools.cached_property
+    def units(self) -> dict[str, float]:
+        """The error of the reference in each tensor, with the floor; many candidates are held to one standard."""
+        return {
+            name: max(_error(reference[name], exact) for reference in self.references) + ulp_floor(exact) / 2
+            for name, exact in self.truth.items()
+        }
+
     def ratios(self, candidate: Run) -> dict[str, float]:
         """Error of each tensor in units of the reference's, at most 2 by the law of `oracle`."""
         assert candidate.keys() == self.truth.keys(), candidate.keys() ^ self.truth.keys()
@@ -135,8 +144,7 @@ class Standard:
             x = candidate[name]
             assert x.shape == exact.shape, (name, x.shape, exact.shape)
             assert x.dtype == exact.dtype, (name, x.dtype, exact.dtype)
-            unit = max(_error(reference[name], exact) for reference in self.references) + ulp_floor(exact) / 2
-            mine = _error(x, exact)
+            unit, mine = self.units[name], _error(x, exact)
             found[name] = mine / unit if unit else float("inf") if mine else 0.0
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses as dc
+import functools
 import re
 import sys
 import tomllib
@@ -13,7 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-RUNTIME = ("diffusers", "cli", "lora", "train")  # the extras that library code may import
+APART = ("xformers",)  # the extras that are asked for by name only: not in `all`, not pinned, not installed by `make`
+RUNTIME = ("diffusers", "cli", "lora", "train", *APART)  # the extras that library code may import
 
 IMPORTED_AS = {"yaml": "pyyaml"}  # the others have the names of their distributions
 
@@ -73,7 +75,7 @@ class Source:
     path: str
     text: str
 
-    @property
+    @functools.cached_property
     def tree(self) -> ast.Module:
         return ast.parse(self.text)
 
@@ -132,7 +134,9 @@ class Import:
         return unit_of(inner) if inner and inner[0] in TOP else "__init__"
 
 
-def imports(source: Source) -> Iterator[Import]:
+@functools.cache
+def imports(source: Source) -> tuple[Import, ...]:
+    """All of a file: several rules look at them."""
     package = source.path.split("/")[:-1]
 
     def walk(node: ast.AST, deferred: bool) -> Iterator[Import]:
@@ -149,7 +153,7 @@ def imports(source: Source) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
             yield from walk(child, inside)
 
-    yield from walk(source.tree, False)
+    return tuple(walk(source.tree, False))
 
 
 def may_see(unit: str) -> frozenset[str] | None:

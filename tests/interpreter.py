@@ -10,7 +10,9 @@ numpy 2.4, ``range`` refuses a tensor. Arithmetic on bfloat16 without a cast sta
 from __future__ import annotations
 
 import contextlib
+import dataclasses as dc
 import os
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,6 +63,90 @@ def _patch_lang_tensor(tensor: Any, *rest: Any) -> Any:
 interpreter.InterpreterBuilder.create_dot = _dot
 interpreter._convert_float = _convert_float
 interpreter._patch_lang_tensor = _patch_lang_tensor
+
+
+# ---- what takes most of the interpreter's time, and need not ---------------------------------------------------------
+
+_patch_lang = interpreter._patch_lang
+_original_np_dtype = interpreter._get_np_dtype
+_np_dtypes: dict[str, Any] = {}
+_BOTH = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})  # ours see the one, Triton's own functions both
+
+
+class _Language:
+    """The language as the interpreter wants it, for one launch.
+
+    Triton looks through the whole language at each launch and each call of a device function, to find what it found
+    before. Here that is done once; a call inside a launch finds everything in place.
+    """
+
+    found: list[tuple[Any, str, Any, Any]] | None = None
+    launched = False
+
+    def __init__(self, _: Any) -> None:
+        self.outermost = not _Language.launched
+        if not self.outermost:
+            return
+        if _Language.found is None:
+            scope = _patch_lang(_BOTH)
+            first: dict[tuple[int, str], tuple[Any, Any]] = {}
+            for owner, name, stock in scope._changes:
+                first.setdefault((id(owner), name), (owner, stock))
+            _Language.found = [(owner, x, stock, getattr(owner, x)) for (_, x), (owner, stock) in first.items()]
+            scope.restore()
+        _Language.launched = True
+        for owner, name, _, value in _Language.found:
+            setattr(owner, name, value)
+
+    def restore(self) -> None:
+        if not self.outermost:
+            return
+        assert _Language.found is not None
+        for owner, name, stock, _ in _Language.found:
+            if stock is interpreter._MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, stock)
+        _Language.launched = False
+
+
+def _get_np_dtype(kind: Any) -> Any:
+    """Triton builds its table anew for each answer."""
+    name = kind.scalar.name
+    if name not in _np_dtypes:
+        _np_dtypes[name] = _original_np_dtype(kind.scalar)
+    return _np_dtypes[name]
+
+
+_block_type, _tensor = tl.block_type.__init__, tl.tensor.__init__
+_blocks: dict[Any, dict[str, Any]] = {}
+_shapes: dict[str, dict[str, Any]] = {}
+
+
+def _block_type_once(self: Any, element_ty: Any, shape: Any) -> None:
+    """The fields of a type follow from its arguments, and there are few."""
+    sizes = shape.value if isinstance(shape, tl.constexpr) else shape
+    key = element_ty.name, tuple(x.value if isinstance(x, tl.constexpr) else x for x in sizes)
+    if key not in _blocks:
+        _block_type(self, element_ty, shape)
+        _blocks[key] = dict(vars(self))
+    vars(self).update(_blocks[key])
+
+
+def _tensor_once(self: Any, handle: Any, type: Any) -> None:  # noqa: A002 (Triton's name)
+    """What a tensor knows of its shape follows from its type."""
+    if type.name not in _shapes:
+        _tensor(self, handle, type)
+        _shapes[type.name] = {name: value for name, value in vars(self).items() if name != "handle"}
+    vars(self).update(_shapes[type.name], handle=handle)
+
+
+tl.block_type.__init__, tl.tensor.__init__ = _block_type_once, _tensor_once
+interpreter._patch_lang = _Language
+interpreter._get_np_dtype = _get_np_dtype
+# Whether integers overflow is worked out for each sum and product, but told to nobody: asserts are off.
+assert not interpreter.interpreter_builder.options.debug
+interpreter.interpreter_builder.options = dc.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
 
 
 @contextlib.contextmanager

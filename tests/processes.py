@@ -26,7 +26,8 @@ class Pool:
 
     def __init__(self, count: int) -> None:
         context = torch.multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch._dynamo"])  # half of the start, once for all: the first call of an op
+        # Most of the start, once for all of them: the first call of an op, and the first model of diffusers.
+        context.set_forkserver_preload(["torch._dynamo", "diffusers.models.transformers.transformer_wan"])
         self._folder = tempfile.mkdtemp()
         pairs = [context.Pipe() for _ in range(count)]
         self._pipes = [mine for mine, _ in pairs]

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from house import (
+    APART,
     EXTRAS,
     LIBRARY,
     MOST_ASSET_BYTES,
@@ -162,7 +163,7 @@ def test_no_file_names_a_place_on_one_machine() -> None:
 
 
 def test_every_dependency_is_pinned_and_has_its_reason() -> None:
-    extras = [extra for extra in EXTRAS if extra != "all"]
+    extras = [extra for extra in EXTRAS if extra not in ("all", *APART)]
     assert EXTRAS["all"] == [f"vsparse[{','.join(extras)}]"]
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     malformed = [line for line in lines if not re.fullmatch(r"[\w.-]+==\d[\w.]*", line)]
@@ -171,8 +172,10 @@ def test_every_dependency_is_pinned_and_has_its_reason() -> None:
     assert len(pinned) == len(lines), "a name stands twice in constraints.txt"
     needed = declared(*extras)
     assert needed <= pinned, f"not pinned in constraints.txt: {sorted(needed - pinned)}"
+    apart = declared(*APART) - declared()
+    assert not apart & pinned, f"pinned, though nothing installs them: {sorted(apart & pinned)}"
     table = (ROOT / "CONTRIBUTING.md").read_text()
-    unexplained = [name for name in sorted(needed | {"triton"}) if f"| `{name}`" not in table]
+    unexplained = [name for name in sorted(needed | apart | {"triton"}) if f"| `{name}`" not in table]
     assert not unexplained, f"no row in the dependency table of CONTRIBUTING.md: {unexplained}"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import vsparse
 from vsparse.measure import demo
 from vsparse.measure.adherence import adherence
 from vsparse.measure.embedded import EMBEDDED, embedded_pipeline
@@ -17,11 +18,18 @@ from vsparse.measure.video import read_video
 from vsparse.methods import list_methods
 
 
-def test_demo_writes_videos_sheet_and_report_and_gives_the_pipeline_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "methods",
+    [pytest.param(["vsa", "adaspa", "sparge"], id="few"), pytest.param(None, id="all", marks=pytest.mark.full)],
+)
+def test_demo_writes_videos_sheet_and_report_and_gives_the_pipeline_back(
+    methods: list[str] | None, tmp_path: Path
+) -> None:
+    """With a few methods; that the rest can run on this model is asked below, and `make demo` runs them all."""
     pipe = embedded_pipeline()
     pipe.set_progress_bar_config(disable=True)
     before, names, steps = list(pipe.transformer.state_dict()), [], []
-    wanted = [*demo.trials(), *demo.FLOORS]
+    wanted = [*demo.trials(methods), *demo.FLOORS]
     runs = demo.run_demo(
         pipe,
         dc.replace(EMBEDDED, steps=2, frames=3),
@@ -49,6 +57,16 @@ def test_demo_writes_videos_sheet_and_report_and_gives_the_pipeline_back(tmp_pat
     assert report["runs"][1]["options"] == {"density": 0.5, "tile": [1, 8, 8]}
     expected = {"report.json", "sheet.png", *(run.video.name for run in runs)}
     assert {path.name for path in tmp_path.iterdir()} == expected
+
+
+def test_every_trial_can_run_on_the_embedded_model() -> None:
+    pipe = embedded_pipeline()
+    size = {"height": EMBEDDED.height, "width": EMBEDDED.width, "num_frames": EMBEDDED.frames, "steps": EMBEDDED.steps}
+    for trial in (*demo.trials(), *demo.FLOORS):
+        density = vsparse.plan(pipe, trial.method, **size, **trial.options).density
+        assert density is not None, trial
+        assert (density == 1.0) == (trial in demo.FLOORS), trial
+        assert 0 < density <= 1, trial
 
 
 def test_every_method_is_tried() -> None:

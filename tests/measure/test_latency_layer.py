@@ -14,8 +14,19 @@ from typer.testing import CliRunner
 from vsparse import cli
 from vsparse.geometry import Grid
 from vsparse.measure.latency import layer, rates, report, tables
+from vsparse.measure.latency.baselines import DEFAULT, Baseline
 from vsparse.measure.latency.intervals import interval
-from vsparse.measure.latency.layer import BOUND, Case, Layer, case_of, measure_layer, phases_of, predict_layer, refusal
+from vsparse.measure.latency.layer import (
+    BOUND,
+    Case,
+    Layer,
+    Measured,
+    case_of,
+    measure_layer,
+    phases_of,
+    predict_layer,
+    refusal,
+)
 from vsparse.measure.latency.timeline import CHOOSE, KERNEL, PACK, SEARCH
 from vsparse.measure.scaling import MODELS
 from vsparse.methods import get_method
@@ -65,22 +76,24 @@ def test_prediction_of_a_method_that_keeps_maps() -> None:
 
 def test_a_cpu_refuses_what_would_take_too_long() -> None:
     seconds = {"dense": {KERNEL: BOUND / 4}, "search": {KERNEL: BOUND / 4}}
-    assert refusal(seconds, 1, CPU) == ""
-    assert "about 90 s, more than 60 s" in refusal(seconds, 2, CPU)
-    assert "about 25 minutes" in refusal(seconds, 49, CPU)
+    dense, sparse = BOUND / 4, BOUND / 4
+    assert refusal({"dense": {KERNEL: dense / 2}, "search": {KERNEL: sparse / 2}}, 1, CPU) == ""
+    assert f"about {3 * (3 * dense + sparse):.0f} s, more than 60 s" in refusal(seconds, 2, CPU)
+    assert "about 50 minutes" in refusal(seconds, 49, CPU)
     assert refusal(seconds, 49, torch.device("cuda")) == ""
 
 
 @pytest.mark.parametrize("method", [VSA, ADASPA])
 def test_measured_parts_add_up(method: object) -> None:
-    parts, whole, speeds = measure_layer(SMALL, method, CPU, torch.float32, rounds=2, clock=Ticks())  # type: ignore[arg-type]
+    found = measure_layer(SMALL, method, CPU, torch.float32, rounds=2, clock=Ticks())  # type: ignore[arg-type]
+    parts, whole, speeds = found.parts, found.whole, found.speeds
     assert list(whole) == ["dense", *phases_of(method)]  # type: ignore[arg-type]
     assert set(parts["dense"]) == {KERNEL}
     for phase, total in whole.items():
         assert total.count == 2
         assert sum(x.median for x in parts[phase].values()) == total.median, "every mark is one second apart"
     assert set(parts["search"]) == ({CHOOSE, PACK, KERNEL} if method is VSA else {CHOOSE, PACK, SEARCH})
-    assert {phase: found.median for phase, found in speeds.items()} == {
+    assert {phase: speed.median for phase, speed in speeds.items()} == {
         phase: whole["dense"].median / whole[phase].median for phase in speeds
     }
 
@@ -93,18 +106,30 @@ def test_errors_verdicts_and_table() -> None:
         dtype="float32",
         density=0.5,
         predicted={"here": {"dense": {KERNEL: 1.0}, "search": {KERNEL: 1.0, CHOOSE: 0.5}}},
-        measured={phase: {KERNEL: x} for phase, x in times.items()},
-        whole=times,
-        speeds={"search": interval([2.0, 2.0])},
+        measured=Measured(
+            parts={phase: {KERNEL: x} for phase, x in times.items()},
+            whole=times,
+            speeds={"search": interval([2.0, 2.0])},
+            baselines={"other": Baseline(seconds=interval([1.5, 1.5]), ratio=interval([1.0, 1.0]))},
+            fastest="other",
+            best_speeds={"search": interval([1.5, 1.5])},
+        ),
     )
     assert found.errors("here") == {"dense": -0.5, "search": 0.5}
-    assert "2.00 times as fast" in found.verdicts()["search"]
+    best, usual = found.verdicts()
+    assert best.startswith(
+        "search: against the fastest dense attention measured in this run (other): sparse is 1.50 times"
+    )
+    assert usual.startswith(f"search: against {DEFAULT}: sparse is 2.00 times as fast")
     cells = [list(column.cells) for column in tables.layer_table(found).columns]
     assert cells[0] == ["full attention", "search", f"  {KERNEL}", f"  {CHOOSE}"]
     assert cells[1] == ["1 s", "1.5 s", "1 s", "500 ms"]
     assert cells[2] == ["2 s (2 to 2)", "1 s (1 to 1)", "1 s (1 to 1)", "–"]
     assert cells[3] == ["-50%", "+50%", "", ""]
-    assert json.loads(json.dumps(found.as_json()))["errors"]["search"] == 0.5
+    told = json.loads(json.dumps(found.as_json()))
+    assert told["errors"]["search"] == 0.5
+    assert (told["fastest"], told["whole"]["search"]["median"]) == ("other", 1.0)
+    assert told["measured"]["search"][KERNEL]["median"] == 1.0
 
 
 def test_the_assumed_gpu_says_so() -> None:

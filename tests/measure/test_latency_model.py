@@ -120,3 +120,13 @@ def test_rates_survive_being_written(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.dtype == "float32"
     with pytest.raises(ValueError, match="memory must be"):
         dc.replace(found, memory=float("nan"))
+
+
+def test_random_attention_computes_what_it_says() -> None:
+    options = {"heads": 2, "width": 16, "density": 0.5, "device": torch.device("cpu"), "dtype": torch.float32}
+    found, again = (rates.RandomAttention.of(4, **options) for _ in range(2))
+    assert torch.equal(found.blocks.count, torch.full_like(found.blocks.count, 2))
+    assert found.flops == 4 * 16 * 2 * (4 * 2) * 64**2
+    assert found.q.shape == (1, 4 * 64, 2, 16)
+    assert torch.equal(found.run()[0], again.run()[0])
+    assert not torch.equal(found.blocks.index[:, 0], found.blocks.index[:, 1])

@@ -105,8 +105,12 @@ def latency(
                 layer, chosen, size=size, dtype=dtype, device=device, rounds=rounds, again=fresh_rates, began=began
             )
         console.print(tables.layer_table(one))
-        for phase, words in one.verdicts().items():
-            console.print(f"{phase}: {words}.", highlight=False)
+        if one.measured is not None:
+            console.print(tables.baselines_table(one.measured))
+            for words in tables.refused_lines(one.measured):
+                console.print(words, highlight=False, markup=False)
+        for words in one.verdicts():
+            console.print(f"{words}.", highlight=False)
         if one.refused:
             console.print(one.refused, style="yellow", highlight=False)
         console.print(f"wrote {report.write_layer(folder, one)}", highlight=False, soft_wrap=True)

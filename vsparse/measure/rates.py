@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses as dc
-import functools
 import json
 import os
 import time
@@ -19,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from vsparse import backend, ops
 from vsparse.measure.demo import environment
-from vsparse.measure.latency.rates import random_blocks
+from vsparse.measure.latency.rates import RandomAttention
 from vsparse.measure.machines import room
 from vsparse.parallel.collectives import ALONE, Group, all_to_all, gather, total
 from vsparse.parallel.rates import Cluster, Link, Rate, fit_compute, fit_rate
@@ -144,12 +143,14 @@ def measure(
             note(f"{kind}_ring", "one message", amount, _ring(group, amount, device))
     kernel = ""
     for slots in sizes.slots:
-        q, k, v, blocks = _attention(slots, sizes, device)
-        flops = 4.0 * sizes.width * float(blocks.pairs()[0].expand(1, sizes.heads).sum())
+        some = RandomAttention.of(
+            slots // 64, heads=sizes.heads, width=sizes.width, density=_DENSITY, device=device, dtype=sizes.dtype
+        )
         options = {"scale": sizes.width**-0.5, "skip_threshold": None}
-        kernel = backend.lookup("block_sparse_attention", device.type, q, k, v, blocks, **options).name
-        note("attention", kernel, flops, functools.partial(ops.block_sparse_attention, q, k, v, blocks))
-        out, lse = ops.block_sparse_attention(q, k, v, blocks)
+        given = some.q, some.k, some.v, some.blocks
+        kernel = backend.lookup("block_sparse_attention", device.type, *given, **options).name
+        note("attention", kernel, some.flops, some.run)
+        out, lse = some.run()
         note("merging", "merge_attention", *_merging(out, lse))
     where = environment()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {where['cpu']}"
@@ -230,15 +231,6 @@ def _ring(group: Group, amount: int, device: torch.device) -> Callable[[], objec
     leaving, coming = (torch.zeros(amount, dtype=torch.uint8, device=device) for _ in range(2))
     to, source = (group.rank - 1) % group.size, (group.rank + 1) % group.size
     return lambda: Flight(group, leaving, to, coming, source, "rates").land()
-
-
-def _attention(slots: int, sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Any]:
-    """q, k, v and random blocks of one density."""
-    draw = torch.Generator().manual_seed(0)
-    blocks = random_blocks(slots // 64, sizes.heads, _DENSITY, device)
-    shape = (1, slots, sizes.heads, sizes.width)
-    q, k, v = (torch.randn(shape, generator=draw).to(device, sizes.dtype) for _ in range(3))
-    return q, k, v, blocks
 
 
 def _merging(out: Tensor, lse: Tensor) -> tuple[float, Callable[[], object]]:

@@ -7,13 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 import vsparse
 from vsparse.cost import attention_flops
 from vsparse.geometry import Grid
 from vsparse.layouts import Layout
+from vsparse.measure.latency.baselines import (
+    BASELINES,
+    DEFAULT,
+    SLOWEST,
+    Attention,
+    Baseline,
+    compared,
+    default_attention,
+    refusal_of,
+)
 from vsparse.measure.latency.intervals import Interval, interval, verdict
 from vsparse.measure.latency.profiler import functions
 from vsparse.measure.latency.rates import Rates
@@ -30,6 +38,7 @@ __all__ = [
     "BOUND",
     "Case",
     "Layer",
+    "Measured",
     "assumed",
     "case_of",
     "measure_layer",
@@ -59,6 +68,25 @@ class Case:
 
 
 @dc.dataclass(frozen=True, kw_only=True, eq=False)
+class Measured:
+    """Of one layer on this machine; phase "dense" is `DEFAULT`.
+
+    Args:
+        parts: Seconds by phase and part. whole: of a call by phase.
+        speeds: `DEFAULT` over sparse by phase, round by round.
+        baselines: Every dense attention that was tried, `DEFAULT` too. fastest: the name of the best of them.
+        best_speeds: The fastest over sparse by phase, round by round.
+    """
+
+    parts: Mapping[str, Mapping[str, Interval]]
+    whole: Mapping[str, Interval]
+    speeds: Mapping[str, Interval]
+    baselines: Mapping[str, Baseline]
+    fastest: str
+    best_speeds: Mapping[str, Interval]
+
+
+@dc.dataclass(frozen=True, kw_only=True, eq=False)
 class Layer:
     """What came of it.
 
@@ -66,8 +94,7 @@ class Layer:
         case, method, dtype: What was asked; the dtype is that of this machine.
         density: That the method predicts for a sparse call.
         predicted: Seconds by machine, phase and part; phase "dense" is full attention.
-        measured: Seconds by phase and part on this machine; None: it was refused, and ``refused`` says why.
-        whole: Of a call by phase. speeds: Dense over sparse by phase, round by round.
+        measured: On this machine; None: it was refused, and ``refused`` says why.
     """
 
     case: Case
@@ -75,24 +102,33 @@ class Layer:
     dtype: str
     density: float
     predicted: Mapping[str, Mapping[str, Mapping[str, float]]]
-    measured: Mapping[str, Mapping[str, Interval]] | None = None
-    whole: Mapping[str, Interval] | None = None
-    speeds: Mapping[str, Interval] | None = None
+    measured: Measured | None = None
     refused: str = ""
 
     def errors(self, machine: str) -> dict[str, float]:
         """Of the predicted whole by phase, as a share of what was measured; empty where nothing was."""
         found = self.predicted[machine]
-        return {phase: sum(found[phase].values()) / whole.median - 1.0 for phase, whole in (self.whole or {}).items()}
+        whole = self.measured.whole if self.measured else {}
+        return {phase: sum(found[phase].values()) / seen.median - 1.0 for phase, seen in whole.items()}
 
-    def verdicts(self) -> dict[str, str]:
-        """By phase, whether a speed-up is quoted."""
-        return {phase: verdict(speed) for phase, speed in (self.speeds or {}).items()}
+    def verdicts(self) -> list[str]:
+        """By phase, whether a speed-up is quoted: against the fastest dense attention, and against `DEFAULT`."""
+        if self.measured is None:
+            return []
+        ran, words = self.measured, "against the fastest dense attention measured in this run"
+        said = []
+        for phase, speed in ran.speeds.items():
+            said.append(f"{phase}: {words} ({ran.fastest}): {verdict(ran.best_speeds[phase])}")
+            if ran.fastest != DEFAULT:
+                said.append(f"{phase}: against {DEFAULT}: {verdict(speed)}")
+        return said
 
     def as_json(self) -> dict[str, Any]:
-        """Everything."""
-        machine = next(iter(self.predicted))
-        return {**dc.asdict(self), "errors": self.errors(machine), "verdicts": self.verdicts()}
+        """Everything; what was measured stands beside the rest."""
+        ran = {field.name: None for field in dc.fields(Measured)} if self.measured is None else dc.asdict(self.measured)
+        found = {**dc.asdict(self), **ran, "measured": ran["parts"], "verdicts": self.verdicts()}
+        del found["parts"]
+        return {**found, "errors": self.errors(next(iter(self.predicted)))}
 
 
 def case_of(name: str, *, height: int | None = None, width: int | None = None, frames: int | None = None) -> Case:
@@ -178,8 +214,12 @@ def assumed() -> Rates:
 
 
 def refusal(predicted: Mapping[str, Mapping[str, float]], rounds: int, device: torch.device) -> str:
-    """Why a CPU does not measure this, or nothing: it would take longer than `BOUND`."""
-    seconds = (rounds + 1) * sum(sum(parts.values()) for parts in predicted.values())
+    """Why a CPU does not measure this, or nothing: it would take longer than `BOUND`.
+
+    Full attention counts three times: a CPU has two backends, and what PyTorch chooses of them.
+    """
+    each = {phase: sum(parts.values()) for phase, parts in predicted.items()}
+    seconds = (rounds + 1) * (sum(each.values()) + 2 * each["dense"])
     if device.type != "cpu" or seconds <= BOUND:
         return ""
     words = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} minutes"
@@ -195,14 +235,15 @@ def measure_layer(
     rounds: int,
     began: Callable[[int, int], None] = lambda *_: None,
     clock: Clock | None = None,
-) -> tuple[dict[str, dict[str, Interval]], dict[str, Interval], dict[str, Interval]]:
-    """Time one layer on q, k and v of noise, dense and each phase in turn.
+    baselines: Mapping[str, Attention] = BASELINES,
+) -> Measured:
+    """Time one layer on q, k and v of noise, each dense attention and each phase in turn.
 
     Noise has no structure: a method whose density follows from the data keeps another share of it than of a video.
     What a method adds in `combine` is not in it, as there is no attention input.
 
-    Returns:
-        Seconds by phase and part, of the whole by phase, and dense over sparse by phase.
+    Args:
+        baselines: Dense attention besides `DEFAULT`, by name; what does not run is told with its reason.
     """
     clock = clock or clock_of(device)
     draw = torch.Generator(device).manual_seed(0)
@@ -211,21 +252,22 @@ def measure_layer(
     sample = Sample(grid=case.grid, q=q, k=k, v=v)
     module, call = driven(method, sample, layer=1)
     phases = phases_of(method)
+    dense: dict[str, Attention] = {"dense": default_attention, **baselines}
 
-    def once(phase: str) -> dict[str, float]:
+    def once(name: str) -> dict[str, float]:
         clock.now()  # what was launched before is over
         timeline = Timeline(clock)
         with functions(timeline), torch.no_grad():
-            if phase == "dense":
+            if name in dense:
                 timeline.enter(KERNEL)
-                _full(q, k, v)
+                dense[name](q, k, v)
             else:
-                module.phase = phase  # type: ignore[assignment]
+                module.phase = name  # type: ignore[assignment]
                 module.state.bind(module.state.version("default"))
                 timeline.enter(CHOOSE)
                 module.core(q, k, v, None, call)
             timeline.leave()
-        if phase in method.state_phases:
+        if name in method.state_phases:
             module.state.staged.pop("pairs", None)
             module.state.commit("default", None)
         found: dict[str, float] = {}
@@ -234,24 +276,45 @@ def measure_layer(
                 found[span.part] = found.get(span.part, 0.0) + seconds
         return found
 
-    taken: dict[str, list[dict[str, float]]] = {phase: [] for phase in ("dense", *phases)}
-    for number in range(rounds + 1):  # the first is a warm-up
-        began(number, rounds + 1)
-        order: Sequence[str] = ("dense", *phases) if number % 2 == 0 else (*phases, "dense")
-        for phase in order:
-            found = once(phase)
-            if number:
-                taken[phase].append(found)
-    whole = {phase: [sum(one.values()) for one in runs] for phase, runs in taken.items()}
-    parts = {
-        phase: {part: interval([one.get(part, 0.0) for one in runs]) for part in runs[0]}
-        for phase, runs in taken.items()
-    }
-    speeds: dict[str, Interval] = {}
+    began(0, rounds + 1)
+    with torch.no_grad():
+        refused = {name: why for name, run in baselines.items() if (why := refusal_of(run, q, k, v))}
+    once("dense")
+    usual = sum(once("dense").values())
+    for name in [name for name in baselines if name not in refused]:
+        if (seconds := sum(once(name).values())) > SLOWEST * usual:
+            refused[name] = f"ran once, in {seconds:.3g} s, {seconds / usual:.3g} times as long as {DEFAULT}"
     for phase in phases:
-        speeds[phase] = interval([a / b for a, b in zip(whole["dense"], whole[phase], strict=True)])
-    return parts, {phase: interval(seconds) for phase, seconds in whole.items()}, speeds
+        once(phase)
+    order = [*(name for name in dense if name not in refused), *phases]
+    taken: dict[str, list[dict[str, float]]] = {name: [] for name in order}
+    for number in range(rounds):
+        began(number + 1, rounds + 1)
+        for name in order if number % 2 == 0 else reversed(order):
+            taken[name].append(once(name))
+    return _measured(taken, phases, refused)
 
 
-def _full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+def _measured(
+    taken: Mapping[str, Sequence[Mapping[str, float]]], phases: Sequence[str], refused: Mapping[str, str]
+) -> Measured:
+    """From seconds by name and part of each round; the names that are no phases are dense."""
+    whole = {name: [sum(one.values()) for one in runs] for name, runs in taken.items()}
+    shown = ("dense", *phases)
+    full = {DEFAULT if name == "dense" else name: runs for name, runs in whole.items() if name not in phases}
+    fastest, found = compared(full, refused)
+
+    def speeds(dense: Sequence[float]) -> dict[str, Interval]:
+        return {phase: interval([a / b for a, b in zip(dense, whole[phase], strict=True)]) for phase in phases}
+
+    def parts(runs: Sequence[Mapping[str, float]]) -> dict[str, Interval]:
+        return {part: interval([one.get(part, 0.0) for one in runs]) for part in runs[0]}
+
+    return Measured(
+        parts={name: parts(taken[name]) for name in shown},
+        whole={name: interval(whole[name]) for name in shown},
+        speeds=speeds(whole["dense"]),
+        baselines=found,
+        fastest=fastest,
+        best_speeds=speeds(full[fastest]),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import functools
 import importlib.metadata
 import json
 import math
@@ -20,11 +21,12 @@ from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import RasterLayout
 from vsparse.measure.demo import environment
+from vsparse.measure.latency.baselines import default_attention
 from vsparse.measure.latency.timeline import clock_of
 from vsparse.measure.recall_report import as_json, write_text
 from vsparse.parallel.rates import Rate, fit_compute
 
-__all__ = ["Rates", "cache_file", "kept_rates", "machine_rates", "measure_rates", "random_blocks"]
+__all__ = ["RandomAttention", "Rates", "cache_file", "kept_rates", "machine_rates", "measure_rates"]
 
 _TURNS = 5
 _DENSITY = 0.25
@@ -94,15 +96,10 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
         heads, width = (8, 128) if gpu else (2, 64)
         dense, sparse = [], []
         for blocks in (64, 128, 256) if gpu else (12, 24, 48):
-            tokens = blocks * _BLOCK
-            q, k, v = (noise(1, tokens, heads, width) for _ in range(3))
-            turned = [x.transpose(1, 2) for x in (q, k, v)]
-            pairs = 4.0 * heads * tokens**2 * width
-            call = lambda turned=turned: F.scaled_dot_product_attention(*turned)  # noqa: E731
-            dense.append((pairs, seconds(call, 2)))
-            chosen = random_blocks(blocks, heads, _DENSITY, device)
-            some = lambda q=q, k=k, v=v, chosen=chosen: ops.block_sparse_attention(q, k, v, chosen)  # noqa: E731
-            sparse.append((4.0 * width * float(chosen.pairs()[0].sum()), seconds(some, 2)))
+            some = RandomAttention.of(blocks, heads=heads, width=width, density=_DENSITY, device=device, dtype=dtype)
+            call = functools.partial(default_attention, some.q, some.k, some.v)
+            dense.append((4.0 * heads * (blocks * _BLOCK) ** 2 * width, seconds(call, 2)))
+            sparse.append((some.flops, seconds(some.run, 2)))
         block = noise(2**28 // dtype.itemsize if gpu else 2**22 // dtype.itemsize)
         copy = seconds(lambda: block.clone(), 4)
         one = noise(1)
@@ -120,12 +117,44 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     )
 
 
-def random_blocks(blocks: int, heads: int, density: float, device: torch.device) -> BlockMap:
-    """As many random key blocks of 64 tokens in every row: ``blocks`` rows and columns, other ones in each head."""
-    blocking = RasterLayout(Grid(t=1, h=blocks, w=_BLOCK), block=_BLOCK).to(device).bind()
-    scores = torch.rand(1, heads, blocks, blocks, generator=torch.Generator().manual_seed(0)).to(device)
-    kept = kept_blocks(density, blocks)
-    return select.top_k(scores, blocking, count=kept, capacity=kept)
+@dc.dataclass(frozen=True, kw_only=True, eq=False)
+class RandomAttention:
+    """Sparse attention on noise, with as many random key blocks of 64 tokens in every row, others in each head.
+
+    Args:
+        q, k, v: ``[1, S, H, D]``. blocks: the map.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    blocks: BlockMap
+
+    @classmethod
+    def of(
+        cls, blocks: int, *, heads: int, width: int, density: float, device: torch.device, dtype: torch.dtype
+    ) -> RandomAttention:
+        """The same one each time.
+
+        Args:
+            blocks: Q and K. heads: H. width: D. density: share of the key blocks that a row keeps.
+        """
+        draw = torch.Generator().manual_seed(0)
+        blocking = RasterLayout(Grid(t=1, h=blocks, w=_BLOCK), block=_BLOCK).to(device).bind()
+        scores = torch.rand(1, heads, blocks, blocks, generator=draw).to(device)
+        kept = kept_blocks(density, blocks)
+        chosen = select.top_k(scores, blocking, count=kept, capacity=kept)
+        q, k, v = (torch.randn(1, blocks * _BLOCK, heads, width, generator=draw).to(device, dtype) for _ in range(3))
+        return cls(q=q, k=k, v=v, blocks=chosen)
+
+    @property
+    def flops(self) -> float:
+        """Of the pairs that the map keeps."""
+        return 4.0 * self.q.shape[-1] * float(self.blocks.pairs()[0].sum())
+
+    def run(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The result and its LSE."""
+        return ops.block_sparse_attention(self.q, self.k, self.v, self.blocks)
 
 
 def cache_file() -> Path:

@@ -114,10 +114,10 @@ def one_layer(
     against = refusal(found.predicted["here"], count, where)
     if against:
         return dc.replace(found, refused=against)
-    parts, whole, speeds = measure_layer(
+    ran = measure_layer(
         case, method, where, kind, rounds=count, began=lambda done, total: began("one layer", done, total)
     )
-    return dc.replace(found, measured=parts, whole=whole, speeds=speeds)
+    return dc.replace(found, measured=ran)
 
 
 def write_layer(folder: Path, found: Layer) -> Path:

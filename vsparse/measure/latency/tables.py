@@ -8,7 +8,7 @@ from typing import Any
 from vsparse.measure.latency.ahead import Times
 from vsparse.measure.latency.figures import COST_GOAL, GAP_GOAL, Latency
 from vsparse.measure.latency.intervals import Interval
-from vsparse.measure.latency.layer import Layer
+from vsparse.measure.latency.layer import Layer, Measured
 from vsparse.measure.latency.model import LOW
 from vsparse.measure.latency.rates import Rates
 from vsparse.measure.latency.rounds import Kind
@@ -17,6 +17,7 @@ from vsparse.optional import require
 
 __all__ = [
     "KINDS",
+    "baselines_table",
     "between",
     "layer_table",
     "parts_table",
@@ -24,6 +25,7 @@ __all__ = [
     "predicted_rows",
     "predicted_table",
     "rates_words",
+    "refused_lines",
     "sentences",
     "times_table",
     "whole_rows",
@@ -177,12 +179,12 @@ def layer_table(found: Layer) -> Any:
     errors = found.errors(machines[0])
     for phase in found.predicted[machines[0]]:
         wholes = [_time(sum(found.predicted[x][phase].values())) for x in machines]
-        measured = _NONE if found.whole is None else _times(found.whole[phase])
+        measured = _NONE if found.measured is None else _times(found.measured.whole[phase])
         error = f"{errors[phase]:+.0%}" if phase in errors else _NONE
         table.add_row("full attention" if phase == "dense" else phase, *wholes, measured, error, style="bold")
         for part in PARTS:
             cells = [found.predicted[x][phase].get(part) for x in machines]
-            seen = None if found.measured is None else found.measured[phase].get(part)
+            seen = None if found.measured is None else found.measured.parts[phase].get(part)
             if phase != "dense" and (any(cells) or seen is not None):
                 told = [_NONE if x is None else _time(x) for x in cells]
                 table.add_row(f"  {part}", *told, _NONE if seen is None else _times(seen), "")
@@ -226,6 +228,20 @@ def times_table(found: Sequence[Times], method: str) -> Any:
     )
     table.caption = " ".join(words)
     return table
+
+
+def baselines_table(found: Measured) -> Any:
+    """Every dense attention that ran: its time, and that over the time of the fastest."""
+    table = _table("Dense attention on the same q, k and v, in the same rounds", "", "one call", "over the fastest")
+    for name, one in found.baselines.items():
+        if one.seconds is not None and one.ratio is not None:
+            table.add_row(name, _times(one.seconds), between(one.ratio) if name != found.fastest else _NONE)
+    return table
+
+
+def refused_lines(found: Measured) -> list[str]:
+    """Why each of the others was not measured."""
+    return [f"{name}: not measured: {one.refused}" for name, one in found.baselines.items() if one.refused]
 
 
 def _time(seconds: float) -> str:
