@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from vsparse.cli.arguments import (
     MethodKey,
     SearchAt,
     Settings,
+    Shared,
     Steps,
     Width,
 )
@@ -63,6 +65,7 @@ def latency(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="For the report.")] = Path("out/latency"),
     dtype: Dtype = None,
     device: Device = None,
+    context_parallel: Shared = None,
 ) -> None:
     """Say where the time of a generation goes, dense and sparse, measured in turn in one run.
 
@@ -71,6 +74,8 @@ def latency(
     `vsparse latency --layer "Wan 2.1 14B, 720p" -m vsa -s density=0.1`
 
     `vsparse latency ./my-wan -m adaspa --height 480 --width 832 --frames 81 --steps 50 --rounds 6`
+
+    `torchrun --nproc-per-node 2 -m vsparse latency -m vsa -s density=0.25 --context-parallel ulysses=2`
     """
     from vsparse.measure import options
     from vsparse.measure.drawing import PROMPT
@@ -78,6 +83,8 @@ def latency(
     from vsparse.measure.latency import report, tables
     from vsparse.measure.video import check_folder
     from vsparse.methods import Method
+    from vsparse.parallel.context import ContextParallel, parse
+    from vsparse.parallel.launch import joined
 
     folder = check_folder(out)
     chosen = options.asked(method, settings)
@@ -97,6 +104,7 @@ def latency(
             "--dense-steps": dense_steps,
             "--dense-layers": dense_layers,
             "--search-at": search_at,
+            "--context-parallel": context_parallel,
         }
         if stray := [name for name, value in of_videos.items() if value is not None]:
             raise ValueError(f"--layer measures single calls, without a generation: leave out {', '.join(stray)}")
@@ -115,23 +123,31 @@ def latency(
             console.print(one.refused, style="yellow", highlight=False)
         console.print(f"wrote {report.write_layer(folder, one)}", highlight=False, soft_wrap=True)
         return
-    with console.status("loading the pipeline"):
-        pipe, clip = opened(model, dtype=dtype, device=device, steps=report.STEPS)
-    given = {**size, "steps": steps}
-    asked = {**clip, **{name: value for name, value in given.items() if value is not None}}
-    with told_bar() as began:
+    shared = parse(context_parallel) if context_parallel else None
+    if shared is not None and seconds is not None:
+        raise ValueError("--seconds lets each process count for itself; with --context-parallel give --rounds")
+    with contextlib.ExitStack() as stack:
+        rank, own_device = stack.enter_context(joined(shared or ContextParallel()))
+        console.quiet = rank > 0  # the others do the same work in silence
+        with console.status("loading the pipeline"):
+            pipe, clip = opened(model, dtype=dtype, device=device or own_device, steps=report.STEPS)
+        given = {**size, "steps": steps}
+        began = stack.enter_context(told_bar())
         found = report.measured(
             pipe,
             chosen,
             schedule,
-            asked,
+            {**clip, **{name: value for name, value in given.items() if value is not None}},
             prompt=PROMPT if prompt is None else prompt,
             seed=seed or 0,
             seconds=60.0 if seconds is None else seconds,
             rounds=rounds,
             again=fresh_rates,
             began=began,
+            parallel=shared,
         )
+    if rank > 0:
+        return
     for make in (tables.whole_table, tables.parts_table, tables.phases_table, tables.predicted_table):
         console.print(make(found))
     for line in tables.sentences(found):

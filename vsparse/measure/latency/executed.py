@@ -77,8 +77,9 @@ class Watcher:
 
     def told(self, site: SparseAttention, blocks: BlockMap, batch: int) -> None:
         """Of a map that a site executes."""
-        density = blocks.density().mean(0).expand(site.site.heads)
-        pairs = blocks.pairs()[0].expand(batch, site.site.heads).sum()
+        heads = _heads(site)
+        density = blocks.density().mean(0).expand(heads)
+        pairs = blocks.pairs()[0].expand(batch, heads).sum()
         self._kept.setdefault(id(site), []).append((density, pairs, batch))
         if site.site.layer == self._middle and len(self._maps) <= self._steps // 2:
             self._maps.append((len(self._calls), blocks))
@@ -120,7 +121,12 @@ def _densities(call: _Call) -> list[float]:
     """Of each head; several maps of one call are disjoint, so their shares add up."""
     if call.kept:
         return [sum(column) for column in zip(*(one.tolist() for one in call.kept), strict=True)]
-    return [0.0 if call.phase == "output" else 1.0] * call.site.site.heads
+    return [0.0 if call.phase == "output" else 1.0] * _heads(call.site)
+
+
+def _heads(site: SparseAttention) -> int:
+    """Heads that this process computes."""
+    return site.site.heads if site.call is None else site.call.share.heads_of(site.site.heads)
 
 
 def _flops(calls: list[_Call]) -> dict[str, float]:

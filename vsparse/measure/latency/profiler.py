@@ -16,6 +16,7 @@ from vsparse.measure.latency.timeline import (
     BLOCK,
     CHOOSE,
     COMBINE,
+    COMMUNICATE,
     CROSS,
     FEED,
     KERNEL,
@@ -29,6 +30,8 @@ from vsparse.measure.latency.timeline import (
     Timeline,
 )
 from vsparse.methods import SparseAttention
+from vsparse.parallel import shard
+from vsparse.parallel.collectives import Group
 from vsparse.patch import Patch
 
 __all__ = ["functions", "profiled"]
@@ -45,6 +48,9 @@ _FUNCTIONS: tuple[tuple[Any, str, str], ...] = (
     (ops, "merge_attention", COMBINE),
     (ops, "block_linear_attention", COMBINE),
     (ops, "search_attention", SEARCH),
+    # What these wait for is a part inside.
+    (shard, "sharded_attention", KERNEL),
+    (shard, "spread_attention", KERNEL),
 )
 _ENCODERS = ("text_encoder", "image_encoder")
 _FEED = ("ff", "mlp", "proj_mlp", "proj_out")
@@ -83,17 +89,36 @@ def profiled(target: Any, timeline: Timeline, patch: Patch | None = None) -> Ite
             _replace(undo, site, "combine", timeline.timed(site.combine, COMBINE))
         undo.enter_context(functions(timeline))
         stock = nn.functional.scaled_dot_product_attention
-        _replace(undo, nn.functional, "scaled_dot_product_attention", timeline.timed(stock, KERNEL, inside=PROJECT))
+        # Where a video is shared, full attention runs between two exchanges, inside the site.
+        timed = timeline.timed(stock, KERNEL, inside=(PROJECT, CHOOSE))
+        _replace(undo, nn.functional, "scaled_dot_product_attention", timed)
         yield
 
 
 @contextlib.contextmanager
 def functions(timeline: Timeline) -> Iterator[None]:
-    """Have a timeline follow only what methods call: packing, kernels, merging, searching."""
+    """Have a timeline follow only what methods call: packing, kernels, merging, searching, and waiting for others."""
     with contextlib.ExitStack() as undo:
         for owner, name, part in _FUNCTIONS:
             _replace(undo, owner, name, timeline.timed(getattr(owner, name), part))
+        _replace(undo, Group, "sending", _sending(timeline))
         yield
+
+
+def _sending(timeline: Timeline) -> Callable[[Group, str], contextlib.AbstractContextManager[None]]:
+    """What waits for other processes, as a part."""
+    stock = Group.sending
+
+    @contextlib.contextmanager
+    def sending(group: Group, what: str) -> Iterator[None]:
+        timeline.enter(COMMUNICATE)
+        try:
+            with stock(group, what):
+                yield
+        finally:
+            timeline.leave()
+
+    return sending
 
 
 def _follow_pipeline(target: Any, timeline: Timeline, undo: contextlib.ExitStack) -> None:

@@ -14,11 +14,12 @@ from vsparse.measure.demo import environment
 from vsparse.measure.latency.figures import Latency
 from vsparse.measure.latency.layer import Layer, assumed, case_of, measure_layer, predict_layer, refusal
 from vsparse.measure.latency.page import page
-from vsparse.measure.latency.rates import machine_rates
+from vsparse.measure.latency.rates import kept_rates, machine_rates
 from vsparse.measure.latency.rounds import take_turns
 from vsparse.measure.pipelines import placed
 from vsparse.measure.recall_report import as_json, write_text
 from vsparse.methods import Method
+from vsparse.parallel.context import ContextParallel
 from vsparse.profile import Profile
 from vsparse.schedule import Schedule
 
@@ -42,13 +43,15 @@ def measured(
     rounds: int | None = None,
     again: bool = False,
     began: Callable[[str, int, int], None] = lambda *_: None,
+    parallel: ContextParallel | None = None,
 ) -> Latency:
     """Measure a pipeline, dense and with a method.
 
     Args:
         pipe: It is left as it came. method, schedule: as of `vsparse.apply`. asked: size, frames, steps, guidance.
-        seconds, rounds: as of `take_turns`. again: measure the rates of the
-            machine anew. began: told what runs, how many runs are over, and how many there will be.
+        seconds, rounds, parallel: as of `take_turns`. again: measure the rates of the machine anew; where processes
+            share a video, those that are kept are used, or none. began: told what runs, how many runs are over, and how
+            many there will be.
     """
     over = 0
 
@@ -57,12 +60,14 @@ def measured(
         began(name, over, 4 * count)
         over += name not in ("warm-up", "densities")
 
+    asked = {**asked, "prompt": prompt, "seed": seed}
     runs, executed, work = take_turns(
-        pipe, method, schedule, {**asked, "prompt": prompt, "seed": seed}, seconds=seconds, rounds=rounds, began=told
+        pipe, method, schedule, asked, seconds=seconds, rounds=rounds, began=told, parallel=parallel
     )
     began("rates", over, over)
     model: Any = find_roots(pipe)[1][0].module
-    rates = machine_rates(torch.device(pipe.device), model.dtype, again=again)
+    at = torch.device(pipe.device), model.dtype
+    rates = kept_rates(*at) if parallel is not None else machine_rates(*at, again=again)
     device, where = torch.device(pipe.device), environment()
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else f"{where['cpu']}, {where['threads']} threads"
@@ -70,7 +75,7 @@ def measured(
         pipeline=type(pipe).__name__,
         method=str(method),
         schedule=str(schedule),
-        asked={**asked, "prompt": prompt, "seed": seed},
+        asked=asked if parallel is None else {**asked, "context_parallel": str(parallel)},
         device=name,
         runs=runs,
         executed=executed,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from vsparse.measure.latency.executed import Executed, watching
 from vsparse.measure.latency.model import steps_of
@@ -17,6 +18,7 @@ from vsparse.measure.latency.timeline import Clock, Span, Timeline, clock_of
 from vsparse.measure.latency.work import Work, counting
 from vsparse.measure.pipelines import generate
 from vsparse.methods import Method
+from vsparse.parallel.context import ContextParallel
 from vsparse.patch import Patch, apply
 from vsparse.profile import Profile
 from vsparse.schedule import Schedule
@@ -24,7 +26,7 @@ from vsparse.schedule import Schedule
 __all__ = ["LEAST", "MOST", "Kind", "Run", "orders", "rounds_in", "take_turns"]
 
 Kind = Literal["dense", "sparse"]
-LEAST, MOST = 3, 25
+LEAST, MOST, SHARED = 3, 25, 6
 WARM_STEPS = 1
 
 
@@ -65,6 +67,7 @@ def take_turns(
     rounds: int | None = None,
     began: Callable[[str, int], None] = lambda *_: None,
     clock: Clock | None = None,
+    parallel: ContextParallel | None = None,
 ) -> tuple[list[Run], Executed, dict[str, dict[str, Work]]]:
     """Measure dense against sparse.
 
@@ -75,6 +78,8 @@ def take_turns(
         pipe: It is left as it came. method, schedule: as of `vsparse.apply`.
         asked: What `generate` is asked for. seconds: about how long the rounds may take. rounds: exactly so many.
         began: told what runs next, and how many rounds there will be (0: not known yet). clock: for tests.
+        parallel: Processes that share each video, dense ones, too; all of them call this. They make ``rounds``, or
+            `SHARED`, as their clocks differ. What is told is of this process.
 
     Returns:
         The runs in order, what a sparse generation executed, and the work of both kinds by part.
@@ -88,6 +93,8 @@ def take_turns(
     def once(kind: Kind, way: bool, patch: Patch | None) -> Run:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        if parallel is not None:
+            dist.barrier()
         start = clock.now()
         spans = None
         if way:
@@ -101,19 +108,30 @@ def take_turns(
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         return Run(kind=kind, seconds=taken, spans=spans, peak=peak)
 
+    def patched(kind: Kind) -> contextlib.AbstractContextManager[Patch | None]:
+        if kind == "dense" and parallel is None:
+            return contextlib.nullcontext()
+        return (
+            apply(pipe, method, schedule=schedule, parallel=parallel)
+            if kind == "sparse"
+            else apply(pipe, "dense", parallel=parallel)
+        )
+
     warm = {**asked, "steps": WARM_STEPS, "stepped": None}
     began("warm-up", 0)
-    generate(pipe, **warm)
-    with counting(pipe) as dense:
+    with patched("dense") as current:
         generate(pipe, **warm)
+        with counting(pipe, current) as dense:
+            generate(pipe, **warm)
     began("densities", 0)
     steps = asked.get("steps") or 1
-    with apply(pipe, method, schedule=schedule) as patch:
+    with apply(pipe, method, schedule=schedule, parallel=parallel) as patch:
         with watching(pipe, patch, steps) as watcher, counting(pipe, patch) as sparse:
             generate(pipe, **asked)
         executed = watcher.executed()
     work = {"dense": steps_of(dense, len(executed.density)), "sparse": sparse}
     runs: list[Run] = []
+    rounds = SHARED if rounds is None and parallel is not None else rounds
     number, count, started = 0, rounds or 0, time.perf_counter()
     while number < (count or 1):
         if rounds is None and number >= LEAST and time.perf_counter() - started > seconds:
@@ -121,8 +139,7 @@ def take_turns(
         begin = time.perf_counter()
         order = orders(number)
         for kind in dict.fromkeys(kind for kind, _ in order):
-            with contextlib.ExitStack() as applied:
-                current = applied.enter_context(apply(pipe, method, schedule=schedule)) if kind == "sparse" else None
+            with patched(kind) as current:
                 if current is not None:
                     generate(pipe, **warm)
                 for way in [way for one, way in order if one == kind]:

@@ -15,6 +15,7 @@ __all__ = [
     "BLOCK",
     "CHOOSE",
     "COMBINE",
+    "COMMUNICATE",
     "CROSS",
     "FEED",
     "KERNEL",
@@ -38,10 +39,10 @@ __all__ = [
 
 TEXT, VAE, SCHEDULER, TRANSFORMER = "text encoder", "VAE", "scheduler", "embeddings and output"
 PROJECT, CHOOSE, SEARCH, PACK = "projections", "choose the map", "exact search", "pack and unpack"
-KERNEL, COMBINE = "attention kernel", "combine"
+KERNEL, COMBINE, COMMUNICATE = "attention kernel", "combine", "communication"
 CROSS, FEED, BLOCK, REST = "cross-attention", "feed-forward", "norms and residuals", "rest"
 
-SELF_ATTENTION = (KERNEL, CHOOSE, SEARCH, PACK, COMBINE, PROJECT)
+SELF_ATTENTION = (KERNEL, CHOOSE, SEARCH, PACK, COMBINE, COMMUNICATE, PROJECT)
 """What makes up the self-attention of a layer."""
 
 PARTS = (*SELF_ATTENTION, CROSS, FEED, BLOCK, TRANSFORMER, TEXT, VAE, SCHEDULER, REST)
@@ -174,12 +175,12 @@ class Timeline:
         self._marks.append(self._clock.mark())
         self._spans.append(self._open[-1])
 
-    def timed(self, function: Callable[..., Any], part: str, *, inside: str | None = None) -> Callable[..., Any]:
-        """A function whose calls are a part; ``inside``: only where that part is the innermost one."""
+    def timed(self, function: Callable[..., Any], part: str, *, inside: Sequence[str] = ()) -> Callable[..., Any]:
+        """A function whose calls are a part; ``inside``: only where one of these is the innermost part."""
 
         @wraps(function)
         def _timed(*args: Any, **options: Any) -> Any:
-            if not self.here or (inside is not None and self.part != inside):
+            if not self.here or (inside and self.part not in inside):
                 return function(*args, **options)
             self.enter(part)
             try:
