@@ -152,11 +152,14 @@ def test_command_predicts_a_large_layer_and_measures_a_small_one(
     assert result.exit_code == 0, result.output
     assert "not measured: on this CPU it would take about" in result.output
     assert json.loads((tmp_path / "layer.json").read_text())["measured"] is None
+    assert "not measured: on this CPU it would take about" in (tmp_path / "layer.html").read_text()
     size = ["--height", "64", "--width", "64", "--frames", "5", "--rounds", "2"]
     result = CliRunner().invoke(cli.app, [*vsa, "--layer", "WanTransformer3DModel", *size])
     assert result.exit_code == 0, result.output
     told = json.loads((tmp_path / "layer.json").read_text())
     assert told["whole"]["search"]["count"] == 2
+    page = (tmp_path / "layer.html").read_text()
+    assert all(word in page for word in ("attention kernel", "over the fastest", "not measured: ", told["verdicts"][0]))
     assert set(told["errors"]) == {"dense", "search"}
     result = CliRunner().invoke(cli.app, [*vsa, "model", "--layer", "x"])
     assert result.exit_code == 2

@@ -121,7 +121,8 @@ def latency(
             console.print(f"{words}.", highlight=False)
         if one.refused:
             console.print(one.refused, style="yellow", highlight=False)
-        console.print(f"wrote {report.write_layer(folder, one)}", highlight=False, soft_wrap=True)
+        for path in report.write_layer(folder, one):
+            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
         return
     shared = parse(context_parallel) if context_parallel else None
     if shared is not None and seconds is not None:

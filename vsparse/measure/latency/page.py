@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import html
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vsparse.measure.draw import draw_block_map
 from vsparse.measure.figures import as_uri
 from vsparse.measure.latency import plots, tables
 from vsparse.measure.latency.figures import Latency
 from vsparse.measure.latency.intervals import WIDEST
+from vsparse.measure.latency.layer import Layer
 from vsparse.measure.latency.timeline import PARTS, SELF_ATTENTION
 from vsparse.measure.page import document, environment_rows, paragraph, picture, png_uri, rows
 
-__all__ = ["page"]
+__all__ = ["layer_page", "page"]
 
 
 def page(found: Latency, more: Sequence[str] = ()) -> str:
@@ -60,6 +62,29 @@ def page(found: Latency, more: Sequence[str] = ()) -> str:
         rows(["", ""], environment_rows(found.environment), kind="words"),
     ]
     return document(f"Latency: {found.pipeline}", parts)
+
+
+def layer_page(found: Layer, environment: Mapping[str, Any]) -> str:
+    """One attention layer as a page.
+
+    Args:
+        found: Predicted, and measured or not. environment: `vsparse.measure.demo.environment`.
+    """
+    head, body = tables.layer_rows(found)
+    said = [f"{words}." for words in found.verdicts()] or [found.refused or "Predicted, not measured."]
+    parts = [
+        f"<h1>One attention layer: {html.escape(found.case.name)}</h1>",
+        paragraph(found.method),
+        *(paragraph(words, kind="" if i else "lead", name="" if i else "verdict") for i, words in enumerate(said)),
+        rows(head, body, sums=[row[0] for row in body if not row[0].startswith(" ")]),
+        paragraph(tables.layer_words(found)),
+    ]
+    if found.measured is not None:
+        head, body = tables.baseline_rows(found.measured)
+        parts += ["<h2>Dense attention on the same q, k and v, in the same rounds</h2>", rows(head, body)]
+        parts += [paragraph(words) for words in tables.refused_lines(found.measured)]
+    parts += ["<h2>Environment</h2>", rows(["", ""], environment_rows(environment), kind="words")]
+    return document(f"One attention layer: {found.case.name}", parts)
 
 
 def _parts(found: Latency) -> str:

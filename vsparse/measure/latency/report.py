@@ -13,7 +13,7 @@ from vsparse.host import find_roots
 from vsparse.measure.demo import environment
 from vsparse.measure.latency.figures import Latency
 from vsparse.measure.latency.layer import Layer, assumed, case_of, measure_layer, predict_layer, refusal
-from vsparse.measure.latency.page import page
+from vsparse.measure.latency.page import layer_page, page
 from vsparse.measure.latency.rates import kept_rates, machine_rates
 from vsparse.measure.latency.rounds import take_turns
 from vsparse.measure.pipelines import placed
@@ -125,11 +125,13 @@ def one_layer(
     return dc.replace(found, measured=ran)
 
 
-def write_layer(folder: Path, found: Layer) -> Path:
-    """Write the figures of a layer into a folder."""
-    path = folder / "layer.json"
-    write_text(path, as_json({**found.as_json(), "environment": environment()}))
-    return path
+def write_layer(folder: Path, found: Layer) -> list[Path]:
+    """Write the page and the figures of a layer into a folder."""
+    where = environment()
+    texts = {"layer.html": layer_page(found, where), "layer.json": as_json({**found.as_json(), "environment": where})}
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return [folder / name for name in texts]
 
 
 def write(folder: Path, found: Latency) -> list[Path]:

@@ -17,9 +17,12 @@ from vsparse.optional import require
 
 __all__ = [
     "KINDS",
+    "baseline_rows",
     "baselines_table",
     "between",
+    "layer_rows",
     "layer_table",
+    "layer_words",
     "parts_table",
     "phases_table",
     "predicted_rows",
@@ -172,28 +175,42 @@ def sentences(found: Latency) -> list[str]:
     return said
 
 
-def layer_table(found: Layer) -> Any:
-    """One attention layer: predicted by machine, measured, and the error of the first prediction."""
+def layer_rows(found: Layer) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of `layer_table`: the parts of a phase are indented."""
     machines = list(found.predicted)
-    table = _table(f"{found.case.name}: {found.method}", "one call", *machines, "measured", "error")
     errors = found.errors(machines[0])
+    rows = []
     for phase in found.predicted[machines[0]]:
         wholes = [_time(sum(found.predicted[x][phase].values())) for x in machines]
         measured = _NONE if found.measured is None else _times(found.measured.whole[phase])
         error = f"{errors[phase]:+.0%}" if phase in errors else _NONE
-        table.add_row("full attention" if phase == "dense" else phase, *wholes, measured, error, style="bold")
+        rows.append(["full attention" if phase == "dense" else phase, *wholes, measured, error])
         for part in PARTS:
             cells = [found.predicted[x][phase].get(part) for x in machines]
             seen = None if found.measured is None else found.measured.parts[phase].get(part)
             if phase != "dense" and (any(cells) or seen is not None):
                 told = [_NONE if x is None else _time(x) for x in cells]
-                table.add_row(f"  {part}", *told, _NONE if seen is None else _times(seen), "")
+                rows.append([f"  {part}", *told, _NONE if seen is None else _times(seen), ""])
+    return ["one call", *machines, "measured", "error"], rows
+
+
+def layer_words(found: Layer) -> str:
+    """What was predicted and measured, in words."""
     grid = found.case.grid
-    table.caption = (
+    return (
         f"{grid.t} x {grid.h} x {grid.w} tokens{f' and {grid.text} of text' if grid.text else ''}, {found.case.heads} "
         f"heads of {found.case.head_dim}, one sample, {found.dtype} here; predicted density of a sparse call "
         f"{found.density:.3f}. Measured on noise, without what a method adds after the attention."
     )
+
+
+def layer_table(found: Layer) -> Any:
+    """One attention layer: predicted by machine, measured, and the error of the first prediction."""
+    head, rows = layer_rows(found)
+    table = _table(f"{found.case.name}: {found.method}", *head)
+    for row in rows:
+        table.add_row(*row, style="" if row[0].startswith(" ") else "bold")
+    table.caption = layer_words(found)
     return table
 
 
@@ -230,12 +247,22 @@ def times_table(found: Sequence[Times], method: str) -> Any:
     return table
 
 
+def baseline_rows(found: Measured) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of `baselines_table`."""
+    rows = [
+        [name, _times(one.seconds), between(one.ratio) if name != found.fastest else _NONE]
+        for name, one in found.baselines.items()
+        if one.seconds is not None and one.ratio is not None
+    ]
+    return ["", "one call", "over the fastest"], rows
+
+
 def baselines_table(found: Measured) -> Any:
     """Every dense attention that ran: its time, and that over the time of the fastest."""
-    table = _table("Dense attention on the same q, k and v, in the same rounds", "", "one call", "over the fastest")
-    for name, one in found.baselines.items():
-        if one.seconds is not None and one.ratio is not None:
-            table.add_row(name, _times(one.seconds), between(one.ratio) if name != found.fastest else _NONE)
+    head, rows = baseline_rows(found)
+    table = _table("Dense attention on the same q, k and v, in the same rounds", *head)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
