@@ -22,7 +22,7 @@ from vsparse.host import find_roots
 from vsparse.measure.calibrate import recording
 from vsparse.measure.pipelines import generate
 from vsparse.measure.recall import driven
-from vsparse.measure.tune import run
+from vsparse.measure.tune import run, search
 from vsparse.measure.tune.choice import Choice, UnreachableError, exact_steps, shared, uniform
 from vsparse.measure.tune.ledger import Ledger
 from vsparse.measure.tune.page import page
@@ -244,7 +244,10 @@ def test_the_profile_meets_its_target_and_is_applied(pipe: Any, tmp_path: Path) 
         (Target(seconds=1e-6), "fewer steps, a smaller video or a faster kernel would have to give"),
     ],
 )
-def test_targets_that_cannot_be_reached(pipe: Any, tmp_path: Path, target: Target, words: str) -> None:
+def test_targets_that_cannot_be_reached(
+    pipe: Any, tmp_path: Path, target: Target, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "TRIES", 2)
     result = tuned(pipe, tmp_path, target)
     assert not result.found.met
     assert not result.verified.met
@@ -257,7 +260,8 @@ def test_a_density_below_all_is_refused(pipe: Any, tmp_path: Path) -> None:
         tuned(pipe, tmp_path, Target(density=0.01))
 
 
-def test_seconds_that_are_many(pipe: Any, tmp_path: Path) -> None:
+def test_seconds_that_are_many(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "TRIES", 2)
     result = tuned(pipe, tmp_path, Target(seconds=1e3))
     assert result.found.met
     assert result.found.value <= 1e3
