@@ -33,10 +33,14 @@ def _name(row: tuple[Any, ...]) -> str:
     return f"{kind}-{phase}-{host}-{'x'.join(map(str, grid))}-{mode}-{dtype}"
 
 
-# Rows that share a host and its inputs stand together, so that what is measured of it is measured once.
+def _marks(row: tuple[Any, ...]) -> list[pytest.MarkDecorator]:
+    """Rows that share a host and its inputs run in one worker, where what is measured of it is measured once."""
+    together = pytest.mark.xdist_group(f"density one, {row[1:]}")
+    return [together] if row in USUAL else [together, pytest.mark.full]
+
+
 PARAMETERS = [
-    pytest.param(*row, id=_name(row), marks=[] if row in USUAL else [pytest.mark.full])
-    for row in sorted(PRODUCT, key=lambda row: (row[1:], row[0]))
+    pytest.param(*row, id=_name(row), marks=_marks(row)) for row in sorted(PRODUCT, key=lambda row: (row[1:], row[0]))
 ]
 
 

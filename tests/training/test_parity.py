@@ -27,6 +27,8 @@ from same_training import (
     ways,
 )
 
+pytestmark = pytest.mark.xdist_group("training")  # with the pools: the trainings they are held to run once
+
 _EVERY = {ALONE: ways(ALONE), SPREAD: ways(SPREAD), PAIR: shared_ways(PAIR), FOUR: shared_ways(FOUR)}
 _USUAL = {modes: rows.pairwise(_EVERY[modes]) for modes in (ALONE, SPREAD)}
 # Pairwise without the mode, and each mode once: eight rows would be too slow.
