@@ -91,10 +91,24 @@ def test_save_overwrites_an_adapter_and_nothing_else(stored: Path, tmp_path: Pat
     assert tomllib.loads((stored / "vsparse.toml").read_text())["options"]["density"] == 0.7
 
 
+def test_a_description_that_was_cut_off_but_reads_is_refused(stored: Path) -> None:
+    """Cut after any line it is either no description, or not the one that the weights were saved with."""
+    whole = (stored / "vsparse.toml").read_text()
+    lines, readable = whole.splitlines(keepends=True), 0
+    for count in range(len(lines)):
+        (stored / "vsparse.toml").write_text("".join(lines[:count]))
+        with pytest.raises(ValueError, match="is not a readable vsparse adapter") as refused:
+            vsparse.load(rows.build("wan")[0], stored)
+        readable += "is not the one that was saved with its weights" in str(refused.value)
+    assert readable > 0
+    (stored / "vsparse.toml").write_text(whole)
+    vsparse.load(rows.build("wan")[0], stored)
+
+
 def test_a_failing_save_leaves_the_old_adapter(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path.name: path.read_bytes() for path in stored.iterdir()}
 
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", fails)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import hashlib
 import json
 import os
 import re
@@ -93,7 +94,7 @@ def save(
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         (scratch / _CONFIG).write_text(text, encoding="utf-8")
-        save_file({**tensors, **samples}, scratch / _WEIGHTS)
+        save_file({**tensors, **samples}, scratch / _WEIGHTS, metadata={_CONFIG: _digest(text)})
         for name in (_CONFIG, _WEIGHTS):
             with open(scratch / name, "rb") as file:
                 os.fsync(file.fileno())
@@ -155,10 +156,24 @@ def _read_adapter(path: Path) -> Stored:
         schedule = None if config["schedule"] is None else Schedule(**config["schedule"])
         tensors = _tensors(path / _WEIGHTS)
         models = _models(config["models"], tensors) if name == _CONFIG else None
+        if _digest_with(path / _WEIGHTS) not in (None, _digest(text)):
+            raise ValueError(f"{name} is not the one that was saved with its weights: cut off, or changed since")
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"load: {path} is not a readable vsparse adapter: {error}") from error
     mine = {name: x for name, x in tensors.items() if not name.startswith(_HOST)}
     return Stored(method=method, schedule=schedule, tensors=mine, path=path, models=models)
+
+
+def _digest(text: str) -> str:
+    """What the weights keep of the description: a text that was cut off may still be read as one."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest_with(file: Path) -> str | None:
+    """That of the description which was saved with some weights; None: before there was any."""
+    with require("safetensors", "diffusers").safe_open(file, "pt") as content:
+        found: str | None = (content.metadata() or {}).get(_CONFIG)
+        return found
 
 
 def _models(tables: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Fingerprint]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import re
 import tomllib
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,9 @@ from vsparse.optional import require
 from vsparse.schedule import Schedule
 
 __all__ = ["from_toml", "schedule_fields", "to_toml", "with_none"]
+
+_NUMBERS = re.compile(r"\[\n(?: +-?[0-9.e+-]+,\n)+ *\]")
+_WIDTH = 110
 
 
 def schedule_fields(schedule: Schedule) -> dict[str, Any] | None:
@@ -34,7 +38,7 @@ def to_toml(config: Mapping[str, Any], what: str) -> str:
     """
     tomli_w = require("tomli_w", "diffusers")
     try:
-        text: str = tomli_w.dumps(_without_none(config))
+        text = _NUMBERS.sub(_in_one_line, tomli_w.dumps(_without_none(config)))
         same = from_toml(text) == config
     except (TypeError, ValueError) as error:
         raise ValueError(f"{what} has options with no form in TOML: {error}") from error
@@ -44,6 +48,12 @@ def to_toml(config: Mapping[str, Any], what: str) -> str:
             f"tables of them, got {config.get('options')!r}"
         )
     return text
+
+
+def _in_one_line(found: re.Match[str]) -> str:
+    """A list of numbers, which the writer gives a line each."""
+    joined = f"[{', '.join(found[0][1:-1].replace(',', ' ').split())}]"
+    return joined if len(joined) <= _WIDTH else found[0]
 
 
 def from_toml(text: str) -> dict[str, Any]:

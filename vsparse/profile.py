@@ -150,7 +150,7 @@ class Profile:
             "about": self.about,
             "measured": self.measured,
             **_settings(self.method, self.model.layers),
-            **({} if self.schedule is None else {"schedule": schedule_fields(self.schedule)}),
+            **({} if self.schedule is None else {"schedule": _shown(self.schedule)}),
             "model": model,
             "size": dc.asdict(self.size),
             "provenance": dict(self.provenance),
@@ -268,6 +268,11 @@ def _settings(method: Method, layers: int) -> dict[str, Any]:
         for (text, _), one in zip(parts, options, strict=True)
     )
     return {"method": parts[0][1].key, "options": _changed(common, usual), "layers": tables}
+
+
+def _shown(schedule: Schedule) -> dict[str, Any]:
+    """Fields of a schedule; what is absent is None."""
+    return {key: x for key, x in (schedule_fields(schedule) or {}).items() if x is not None}
 
 
 def _changed(options: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,17 +91,17 @@ class Result:
         measured: dict[str, Any] = {
             "target": str(self.target),
             "met": self.verified.met,
-            kind: self.verified.value,
+            kind: _short(self.verified.value),
             "calibration": tuple(f"{scene.seed}: {scene.prompt}" for scene in self.calibration),
             "unseen": tuple(f"{scene.seed}: {scene.prompt}" for scene in self.verified.clips),
             "verdict": self.verified.verdict,
-            "uniform_density": self.verified.uniform_density,
+            "uniform_density": _short(self.verified.uniform_density),
             **figures,
         }
         if self.guidance is not None:
             measured["guidance"] = self.guidance
         if seconds is not None:
-            measured["seconds_dense"], measured["seconds_tuned"] = seconds
+            measured["seconds_dense"], measured["seconds_tuned"] = map(_short, seconds)
         return Profile(
             method=method,
             schedule=schedule,
@@ -137,19 +137,24 @@ class Result:
         }
 
 
+def _short(value: float) -> float:
+    """Six digits: what is written down for people."""
+    return float(f"{value:.6g}")
+
+
 def _figure(kind: str, value: float) -> str:
     return {"density": f"{value:.4f}", "error": f"{value:.4f}", "seconds": f"{value:.3g} s"}[kind]
 
 
 def _row(row: Row) -> dict[str, Any]:
-    told: dict[str, Any] = {"density": row.density, "clips": len(row.outcomes)}
+    told: dict[str, Any] = {"density": _short(row.density), "clips": len(row.outcomes)}
     for name, spread in (("error", row.error), ("psnr", row.psnr), ("ssim", row.ssim)):
         told |= _spread(name, spread)
     return told
 
 
 def _spread(name: str, spread: Spread) -> dict[str, Any]:
-    found: dict[str, Any] = {name: spread.mean}
+    found: dict[str, Any] = {name: _short(spread.mean)}
     if spread.interval is not None:
-        found[f"{name}_interval"] = spread.interval
+        found[f"{name}_interval"] = tuple(map(_short, spread.interval))
     return found
