@@ -220,7 +220,8 @@ def test_one_of_your_own(tmp_path: Path) -> None:
     for words in (
         "layers 0-1: sta",
         "window = (3, 3, 3) *",
-        'psnr: {"mean": 30.5, "seeds": [0, 1]}',
+        "psnr, mean: 30.5",
+        "psnr, seeds: 0; 1",
         f'vsparse generate ./my-model --prompt "..." --method {path}',
     ):
         assert words in text, words

@@ -6,7 +6,7 @@ import dataclasses as dc
 import itertools
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import vsparse
@@ -213,9 +213,7 @@ def page(found: Entry) -> Any:
         "schedule (layers from 0)": "\n".join(schedule_words(made, profile.size.steps)),
         "predicted density": f"{cost.sparse_density:.3f} of a sparse call, {cost.density:.3f} over the generation",
         "figures": found.figures,
-        "where it is from": "\n".join(
-            f"{name}: {_plain(x)}" for name, x in profile.provenance.items() if name != "models"
-        ),
+        "where it is from": "\n".join(_lines({x: y for x, y in profile.provenance.items() if x != "models"})),
         "use it": "\n".join(usage(found)),
         "elsewhere": "Another model is refused. A video of another size is made, with a warning: densities are shares "
         "and carry over, windows and tiles stay as they are."
@@ -228,5 +226,18 @@ def page(found: Entry) -> Any:
     return table
 
 
+def _lines(table: Mapping[str, Any], inside: str = "") -> list[str]:
+    """A line for each value, those of tables after their names."""
+    found = []
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            found += _lines(value, f"{inside}{name}, ")
+        else:
+            found.append(f"{inside}{name}: {_plain(value)}")
+    return found
+
+
 def _plain(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return "; ".join(map(_plain, value))
     return value if isinstance(value, str) else json.dumps(value, default=str)
