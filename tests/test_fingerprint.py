@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 import tomllib
@@ -208,7 +209,10 @@ def test_versions_of_a_host_library(tmp_path: Path, recwarn: pytest.WarningsReco
     config = text["models"]["transformer"]["config"]
     config.pop("eps")
     config["of_tomorrow"] = 3
-    (folder / "vsparse.toml").write_text(tomli_w.dumps(text))
+    other = tomli_w.dumps(text)
+    (folder / "vsparse.toml").write_text(other)
+    weights = folder / "vsparse.safetensors"
+    save_file(load_file(weights), weights, metadata={"vsparse.toml": hashlib.sha256(other.encode()).hexdigest()})
     accepted(model, folder, recwarn)
 
 

@@ -15,7 +15,7 @@ from vsparse.measure.rates import KINDS, LINKS, Sizes, cluster_of, measure, read
 from vsparse.measure.recall_report import as_rows, write_text
 
 Get = Callable[[], processes.Pool]
-SIZES = Sizes(exchanges=(2**10, 2**22), slots=(128, 2048), heads=2, width=16, dtype=torch.float32, warmup=1, repeats=3)
+SIZES = Sizes(exchanges=(2**10, 2**22), slots=(128, 8192), heads=2, width=16, dtype=torch.float32, warmup=1, repeats=3)
 
 
 def measured(path: str) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def test_four_processes_measure_two_nodes(pool: Get, tmp_path: Path) -> None:
     names = ("command", "processes", "per_node", "backend", "kernel", "dtype")
     assert [report[name] for name in names] == ["a test", 4, 2, "gloo", "gathered", "float32"]
     flops = [x["amount"] for x in report["points"]["attention"]]
-    assert flops == [4 * 16 * 2 * rows * kept * 64**2 for rows, kept in ((2, 1), (32, 7))]  # a fifth, rounded up
+    assert flops == [4 * 16 * 2 * rows * kept * 64**2 for rows, kept in ((2, 1), (128, 26))]  # a fifth, rounded up
     found = read_rates(path)
     assert found == cluster_of(report)
     assert (found.per_node, found.between is None, found.inside_ring is None) == (2, False, False)
