@@ -31,6 +31,7 @@ __all__ = [
     "MethodKey",
     "Model",
     "Offload",
+    "OwnModel",
     "Rates",
     "SearchAt",
     "Seed",
@@ -73,6 +74,12 @@ Steps = Annotated[int | None, typer.Option(metavar="N", min=1, help="Denoising s
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or hub name of a diffusers pipeline.")]
 AnyModel = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder or hub name of a pipeline, or a transformer's class name.")
+]
+OwnModel = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL", help="Folder or hub name of a pipeline; none: the embedded one.", show_default=False
+    ),
 ]
 Batch = Annotated[
     int, typer.Option(metavar="N", min=1, help="Samples per step; 2 for a pair of guidance.", rich_help_panel=VIDEO)

@@ -16,6 +16,7 @@ from vsparse.cli.arguments import (
     Frames,
     Height,
     MethodKey,
+    OwnModel,
     SearchAt,
     Settings,
     Shared,
@@ -29,12 +30,7 @@ __all__ = ["latency"]
 
 @plainly
 def latency(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL", help="Folder or hub name of a pipeline; none: the embedded one.", show_default=False
-        ),
-    ] = None,
+    model: OwnModel = None,
     layer: Annotated[
         str | None,
         typer.Option(

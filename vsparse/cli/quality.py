@@ -17,6 +17,7 @@ from vsparse.cli.arguments import (
     Guidance,
     Height,
     Offload,
+    OwnModel,
     SearchAt,
     Steps,
     Width,
@@ -30,12 +31,7 @@ FOLDERS = "Videos that are there already"
 
 @plainly
 def quality(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL", help="Folder or hub name of a pipeline; none: the embedded one.", show_default=False
-        ),
-    ] = None,
+    model: OwnModel = None,
     method: Annotated[
         list[str] | None,
         typer.Option(

@@ -13,6 +13,7 @@ from vsparse.cli.arguments import (
     Frames,
     Guidance,
     Height,
+    OwnModel,
     Settings,
     Steps,
     Width,
@@ -26,12 +27,7 @@ TARGET = "Target (one of three)"
 
 @plainly
 def tune(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL", help="Folder or hub name of a pipeline; none: the embedded one.", show_default=False
-        ),
-    ] = None,
+    model: OwnModel = None,
     density: Annotated[
         float | None,
         typer.Option(metavar="SHARE", help="Executed share of all token pairs, at most.", rich_help_panel=TARGET),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vsparse.measure.figures import FAINT, INK, axis_at, new_figure
+from vsparse.measure.figures import FAINT, INK, axis_at, density_map, new_figure
 from vsparse.measure.latency.executed import Executed
 from vsparse.measure.latency.figures import Latency
 from vsparse.measure.latency.rounds import Kind
@@ -160,25 +160,13 @@ def densities(executed: Executed) -> Any:
     count, heads = len(executed.density[0]), len(executed.density[0][0])
     rows = [[step[layer][head] for step in executed.density] for layer in range(count) for head in range(heads)]
     tall = max(1.6, min(7.0, 0.22 * len(rows)))
-    figure = new_figure(_WIDTH, tall + 0.95)
-    axis = axis_at(figure, (0.95, 0.6, _WIDTH - 2.15, tall))
-    image = axis.imshow(rows, aspect="auto", vmin=0.0, vmax=1.0, cmap="Blues", interpolation="nearest")
-    axis.grid(visible=False)
+    written = ".2f" if len(executed.density) <= 24 and len(rows) <= 24 else ""
+    figure, axis = density_map(rows, width=_WIDTH, tall=tall, written=written)
     for layer in range(1, count):
         axis.axhline(layer * heads - 0.5, color="white", linewidth=1.4)
     shown = range(0, count, max(1, -(-count // 20)))
     axis.set_yticks([layer * heads + (heads - 1) / 2 for layer in shown], [f"layer {layer}" for layer in shown])
-    axis.tick_params(axis="y", length=0)
     axis.set_xlabel(f"denoising step; {heads} heads in each layer", fontsize=9, color=FAINT)
-    axis.xaxis.set_major_locator(require("matplotlib.ticker", "cli").MaxNLocator(integer=True))
-    if len(executed.density) <= 24 and len(rows) <= 24:
-        for y, row in enumerate(rows):
-            for x, value in enumerate(row):
-                color = "white" if value > 0.6 else INK
-                axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
-    bar = axis_at(figure, (_WIDTH - 1.0, 0.6, 0.16, tall))
-    figure.colorbar(image, cax=bar)
-    bar.tick_params(labelsize=8, colors=FAINT, length=2)
     return figure
 
 

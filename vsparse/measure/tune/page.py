@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from vsparse.measure.figures import FAINT, INK, as_uri, axis_at, new_figure
+from vsparse.measure.figures import FAINT, INK, as_uri, axis_at, density_map, new_figure
 from vsparse.measure.page import document, environment_rows, paragraph, picture, rows
 from vsparse.measure.tune.choice import exact_steps
 from vsparse.measure.tune.result import Result
@@ -139,26 +139,13 @@ def _densities(found: Result) -> Any:
     """A heat map: layers across, heads down."""
     given = found.found.choice.densities
     layers, heads = len(given), max(map(len, given))
-    tall = max(0.7, min(6.0, 0.3 * heads))
-    figure = new_figure(_WIDTH, tall + 0.95)
-    axis = axis_at(figure, (0.95, 0.6, _WIDTH - 2.15, tall))
     cells = [[given[layer][head] for layer in range(layers)] for head in range(heads)]
-    image = axis.imshow(cells, aspect="auto", vmin=0.0, vmax=1.0, cmap="Blues", interpolation="nearest")
-    axis.grid(visible=False)
+    written = ".2g" if layers * heads <= 200 else ""
+    figure, axis = density_map(cells, width=_WIDTH, tall=max(0.7, min(6.0, 0.3 * heads)), written=written)
     axis.set_yticks(range(heads), [f"head {i}" for i in range(heads)] if heads <= 16 else [""] * heads)
-    axis.xaxis.set_major_locator(require("matplotlib.ticker", "cli").MaxNLocator(integer=True, nbins=20))
-    axis.tick_params(length=0)
     choice = found.found.choice
     dense = exact_steps(choice.method, choice.dense_steps, found.size.steps)
     axis.set_xlabel(f"layer; in {found.size.steps - dense} of {found.size.steps} steps", fontsize=9, color=FAINT)
-    if layers * heads <= 200:
-        for head, row in enumerate(cells):
-            for layer, value in enumerate(row):
-                color = "white" if value > 0.6 else INK
-                axis.text(layer, head, f"{value:.2g}", ha="center", va="center", fontsize=8, color=color)
-    bar = axis_at(figure, (_WIDTH - 1.0, 0.6, 0.16, tall))
-    figure.colorbar(image, cax=bar)
-    bar.tick_params(labelsize=8, colors=FAINT, length=2)
     return figure
 
 
