@@ -312,10 +312,15 @@ def test_command_makes_a_report_and_folders_that_it_compares_in_turn(folder: Pat
     out = tmp_path / "out"
     size = [x for name, value in SIZE.items() for x in (f"--{name}", value)]
     chosen = ["-m", "vsa", "-s", "density=0.5", "-s", "block=16", "-s", "vsa.tile=1x4x4"]
+    old = out / "videos" / "adaspa" / "a dog-0.mp4"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"of another run")
     result = run("quality", folder, *chosen, "-p", "a cat", "--seeds", 2, *size, "-o", out)
     assert result.exit_code == 0, result.output
     told = json.loads((out / "report.json").read_text())
     assert [one["name"] for one in told["runs"]] == ["dense", "floor", "vsa"]
+    assert list(told["lost"]) == ["videos/adaspa/a dog-0.mp4"]
+    assert old.read_bytes() == b"of another run"
     assert [(one["name"], one["seed"]) for one in told["clips"]] == [("a cat-0", 0), ("a cat-1", 1)]
     assert "Against the dense clip of the same prompt and seed" in said(result)
     for line in ("vsa at density", "Floor: exact attention by another kernel"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from vsparse.measure.fidelity.page import page
 from vsparse.measure.fidelity.result import Fidelity
 from vsparse.measure.fidelity.rounds import Subject, Told, exact_floor, measured
 from vsparse.measure.fidelity.sheets import sheets
-from vsparse.measure.fidelity.vbench import read_prompts, wanted_clips
+from vsparse.measure.fidelity.vbench import read_prompts, strays, wanted_clips
 from vsparse.measure.recall_report import as_rows, write_text
 from vsparse.measure.shapes import held_out
 
@@ -76,7 +77,7 @@ def quality_of(
     told("loading", 0, 0)
     pipe, usual = opened(model, dtype=dtype, device=device, offload=offload)
     source = "the embedded pipeline" if model is None else f"{type(pipe).__name__} of {model}"
-    return measured(
+    found = measured(
         pipe,
         [exact_floor(), *subjects],
         wanted,
@@ -86,6 +87,9 @@ def quality_of(
         fps=fps or (_FPS if model is not None else _FPS_EMBEDDED),
         told=told,
     )
+    others = strays(folder, [run.name for run in found.runs], [clip.name for clip in found.clips])
+    lost = dict.fromkeys(others, "left by a run with other clips or methods; VBench would judge it as well")
+    return dc.replace(found, lost={**found.lost, **lost})
 
 
 def write(folder: Path, found: Fidelity) -> list[Path]:

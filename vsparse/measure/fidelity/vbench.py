@@ -15,7 +15,17 @@ from pathlib import Path
 
 from vsparse.measure.recall_report import as_json, write_text
 
-__all__ = ["PROMPTS", "VIDEOS", "Wanted", "prompt_of", "read_prompts", "video", "wanted_clips", "write_prompts"]
+__all__ = [
+    "PROMPTS",
+    "VIDEOS",
+    "Wanted",
+    "prompt_of",
+    "read_prompts",
+    "strays",
+    "video",
+    "wanted_clips",
+    "write_prompts",
+]
 
 VIDEOS, PROMPTS = "videos", "prompts.json"
 _LONGEST = 180  # bytes of a prompt in a file name; file systems allow 255 for all of it
@@ -67,6 +77,12 @@ def prompt_of(name: str) -> str:
 def video(folder: Path, run: str, name: str) -> Path:
     """Where a clip of a run lies."""
     return folder / VIDEOS / run / f"{name}.mp4"
+
+
+def strays(folder: Path, runs: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Videos in the folder that are of none of some runs and clips: whoever judges the folder would judge them, too."""
+    mine = {video(folder, run, name) for run in runs for name in names}
+    return [str(path.relative_to(folder)) for path in sorted((folder / VIDEOS).rglob("*.mp4")) if path not in mine]
 
 
 def write_prompts(folder: Path, wanted: Sequence[Wanted]) -> Path:
