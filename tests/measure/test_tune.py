@@ -6,6 +6,10 @@ import dataclasses as dc
 import itertools
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,6 +215,40 @@ def test_a_search_that_is_stopped_anywhere_ends_with_the_same_profile(pipe: Any,
         again: list[str] = []
         assert _same(tuned(pipe, folder, Target(density=0.6), again.append).profile("x")) == profile
         assert len(again) <= len(heard)
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_a_command_that_is_killed_ends_with_the_same_profile(tmp_path: Path) -> None:
+    """SIGKILL while it works, several times: what the ledger holds is whole, and nothing else is left."""
+    tiny_pipelines.wan()[0].save_pretrained(tmp_path / "wan")
+    (tmp_path / "prompts.txt").write_text("a cat\na fox\n")
+    size = [x for name, value in SIZE.items() for x in (f"--{name}", str(value))]
+    method = ["--density", "0.6", "-m", "sparge", "-s", "block=8", "--dense-steps", "0"]
+
+    def start(folder: str) -> subprocess.Popen[bytes]:
+        given = [*method, "--prompts", str(tmp_path / "prompts.txt"), *size, "-o", str(tmp_path / folder)]
+        command = [sys.executable, "-m", "vsparse", "tune", str(tmp_path / "wan"), *given]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    assert start("whole").wait() == 0
+    ledger = tmp_path / "torn" / run.LEDGER
+    for count in (1, 4):
+        process = start("torn")
+        while process.poll() is None and not (ledger.is_file() and _entries(ledger) >= count):
+            time.sleep(0.02)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert start("torn").wait() == 0
+    whole, torn = (Profile.read(tmp_path / folder / "profile.toml") for folder in ("whole", "torn"))
+    assert _same(torn) == _same(whole)
+    kept = {path.name for path in (tmp_path / "torn").iterdir()}
+    assert {"profile.toml", "report.html", "report.json", run.LEDGER} <= kept
+
+
+def _entries(ledger: Path) -> int:
+    """How many figures it holds: a file that is replaced as a whole can be read at any time."""
+    return len(json.loads(ledger.read_text())["found"])
 
 
 def test_the_profile_meets_its_target_and_is_applied(pipe: Any, tmp_path: Path) -> None:
