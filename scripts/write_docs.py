@@ -346,6 +346,8 @@ dense model predicts from the same noisy latents (`distill.velocity` with `teach
 - The number behind a name is the density that was asked for, *density* what was executed in a whole generation:
   patterns are rounded to blocks, and `attention_tile` has nothing below 0.52 for five frames. Every layer and step is
   sparse, but for `adaspa`, which searches in dense steps and is not trained. *s/step*: while other work ran.
+- `unicp` computes all pairs in every second or fourth step and gives the outputs again in between. Loss and recall are
+  taken on single calls, in which that is exact; what it costs shows in the clips alone. Training does not cache.
 - `dsv` without training chooses by predictors of random weights, which is what its first rows show; published, they are
   trained while attention is still full.
 - *loss*: on 48 held-out clips at fixed noise; *gap closed*: the share of what the loss rose by without training that

@@ -63,6 +63,8 @@ SUBJECTS: tuple[Subject, ...] = (
     Subject(method="attention_tile", options={0.5: {**_B, "global_frames": 1}}),  # the least of five frames: 0.52
     _by_density("draft", _FRAME),
     _by_density("jenga", {**_B, "mass": 0.05}),
+    # Outputs that serve two and four steps: in training nothing is cached, so there is nothing to train.
+    Subject(method="unicp", options={d: {"windows": n, "ends": 0.0} for d, n in ((0.5, 2), (0.25, 4))}, trained=False),
 )
 
 
