@@ -91,3 +91,8 @@ def test_a_pipeline_without_callback_gives_frames_and_a_reason() -> None:
     assert clip.frames.shape == (5, 32, 32, 3)
     assert clip.latents == ()
     assert clip.without_latents == "HunyuanVideo15Pipeline takes no callback_on_step_end, so its latents cannot be seen"
+
+
+def test_what_a_pipeline_cannot_do_without_is_said() -> None:
+    with pytest.raises(ValueError, match="WanImageToVideoPipeline makes no video without: image"):
+        clip_of(tiny_pipelines.wan_image()[0], {"prompt": "a cat", "seed": 0, "steps": 1})

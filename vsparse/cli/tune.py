@@ -60,6 +60,10 @@ def tune(
     clips: Annotated[
         int, typer.Option(metavar="N", min=1, help="Of each kind, with the embedded model.", rich_help_panel=VIDEO)
     ] = 8,
+    image: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="First frame of all clips, for image-to-video.", rich_help_panel=VIDEO),
+    ] = None,
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
@@ -105,6 +109,8 @@ def tune(
         pipe, clip = opened(model, dtype=dtype, device=device)
     given = {"height": height, "width": width, "frames": frames, "steps": steps, "guidance": guidance}
     size = {**clip, **{name: value for name, value in given.items() if value is not None}}
+    if image is not None:
+        size["image"] = str(image)
     shares = DENSE_STEPS if dense_steps is None else options.shares(dense_steps, "--dense-steps")
     with progress_bar() as progress:
         task = progress.add_task("", total=None)

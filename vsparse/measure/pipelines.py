@@ -120,7 +120,8 @@ def generate(
         Float32 frames ``[F, H, W, 3]`` in [0, 1], on the CPU.
 
     Raises:
-        ValueError: the pipeline has no such argument. ImportError: some pipelines cannot read a prompt without ftfy.
+        ValueError: the pipeline has no such argument, or needs one that was not given. ImportError: some pipelines
+            cannot read a prompt without ftfy.
     """
     asked: dict[str, Any] = {
         "prompt": prompt,
@@ -137,6 +138,9 @@ def generate(
     unknown = [name for name in given if name not in accepted]
     if unknown:
         raise ValueError(f"{type(pipe).__name__} takes no {', '.join(unknown)}")
+    missing = [x.name for x in accepted.values() if x.default is x.empty and x.name not in (*given, "self")]
+    if missing:
+        raise ValueError(f"{type(pipe).__name__} makes no video without: {', '.join(missing)}")
     if (stepped is not None or given_latents is not None) and "callback_on_step_end" in accepted:
         given["callback_on_step_end"] = _at_step_end(stepped, given_latents)
     try:
