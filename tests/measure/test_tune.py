@@ -218,6 +218,20 @@ def test_a_search_that_is_stopped_anywhere_ends_with_the_same_profile(pipe: Any,
 
 
 @pytest.mark.full
+def test_text_among_the_tokens(tmp_path: Path) -> None:
+    """CogVideoX: text before the video is always computed, and counts in what is executed."""
+    pipe, call = tiny_pipelines.cogvideox()
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": call["height"], "width": call["width"], "frames": call["num_frames"], "steps": 2}
+    one = {"sparge": METHODS["sparge"]}
+    with pytest.raises(UnreachableError, match="executes at least"):
+        run.tune(pipe, one, Target(density=0.5), CLIPS, size, tmp_path, dense_steps=(0.0,))
+    result = run.tune(pipe, one, Target(density=0.9), CLIPS, size, tmp_path, dense_steps=(0.0,))
+    assert result.verified.met
+    assert 0.5 < result.verified.tuned.density <= 0.9
+
+
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_command_that_is_killed_ends_with_the_same_profile(tmp_path: Path) -> None:
     """SIGKILL while it works, several times: what the ledger holds is whole, and nothing else is left."""
