@@ -24,6 +24,7 @@ import vsparse
 from vsparse import cli
 from vsparse.host import find_roots
 from vsparse.measure.calibrate import recording
+from vsparse.measure.paired import clip_of
 from vsparse.measure.pipelines import generate
 from vsparse.measure.recall import driven
 from vsparse.measure.tune import run, search
@@ -329,14 +330,17 @@ def test_candidates_and_dense_steps_are_compared(pipe: Any, tmp_path: Path) -> N
     assert (best["name"], best["dense_steps"]) == (found.choice.name, round(2 * found.choice.dense_steps))
     assert found.value <= 0.8
     assert all(weight > 0.0 for row in found.weights for weight in row)
+    for scene in CLIPS[0]:  # the reference is the stock pipeline, not what probing made
+        stock = clip_of(pipe, {**SIZE, "prompt": scene.prompt, "seed": scene.seed})
+        assert torch.equal(trials.dense(scene).latents[-1], stock.latents[-1])
 
 
 # ---- derived figures ---------------------------------------------------------------------------------------------
 
 
 def row(name: str, errors: list[float], density: float) -> Row:
-    common = {"psnr": 30.0, "ssim": 0.9, "density": density, "sparse_density": density, "calls": {}}
-    return Row(name=name, outcomes=tuple(Outcome(error=x, **common) for x in errors))  # type: ignore[arg-type]
+    outcomes = tuple(Outcome(error=x, psnr=30.0, ssim=0.9, density=density) for x in errors)
+    return Row(name=name, outcomes=outcomes)
 
 
 def checked(tuned_errors: list[float], even_errors: list[float], **changes: Any) -> Verified:
@@ -423,17 +427,9 @@ def test_candidates() -> None:
         run.candidates([], {"block": 8})
 
 
-def test_prompts(tmp_path: Path) -> None:
-    file = tmp_path / "prompts.txt"
-    file.write_text("a\n\n b \nc\n")
-    assert run.prompts_in(file) == ["a", "b", "c"]
+def test_clips_to_search_with_and_to_verify_with() -> None:
     assert run.split(["a", "b", "c"], []) == ([Scene("a", 0), Scene("c", 1)], [Scene("b", 100)])
     assert run.split(["a"], ["b"]) == ([Scene("a", 0)], [Scene("b", 100)])
-    file.write_text("\n")
-    with pytest.raises(ValueError, match="holds no prompt"):
-        run.prompts_in(file)
-    with pytest.raises(FileNotFoundError, match="no such file of prompts"):
-        run.prompts_in(tmp_path / "none")
     with pytest.raises(ValueError, match="give at least two"):
         run.split(["a"], [])
     with pytest.raises(ValueError, match="must not be searched with: 'a'"):

@@ -86,6 +86,7 @@ def tune(
     """
     from vsparse.measure import options
     from vsparse.measure.embedded import opened
+    from vsparse.measure.fidelity.vbench import read_prompts
     from vsparse.measure.tune import page, run
     from vsparse.measure.tune.search import DENSE_STEPS, Target
     from vsparse.measure.video import check_folder
@@ -103,7 +104,7 @@ def tune(
     elif prompts is None:
         raise ValueError("give --prompts, a file with one prompt a line, to search and to verify with")
     else:
-        scenes = run.split(run.prompts_in(prompts), [] if unseen is None else run.prompts_in(unseen))
+        scenes = run.split(read_prompts(prompts), [] if unseen is None else read_prompts(unseen))
     quiet()
     with console.status("loading the pipeline"):
         pipe, clip = opened(model, dtype=dtype, device=device)

@@ -11,6 +11,7 @@ from vsparse.measure.figures import FAINT, INK, as_uri, axis_at, density_map, ne
 from vsparse.measure.page import document, environment_rows, paragraph, picture, rows
 from vsparse.measure.tune.choice import exact_steps
 from vsparse.measure.tune.result import Result
+from vsparse.measure.tune.search import PROBE_AT
 from vsparse.measure.tune.verify import Row
 from vsparse.optional import require
 
@@ -153,7 +154,7 @@ def _weights(found: Result) -> Any:
     """Weight over output error, a point for each head, as large as its density."""
     choice = found.found.choice
     table = found.found.tables[choice.name]
-    at = min(range(len(table.densities) - 1), key=lambda j: abs(table.densities[j] - 0.25))
+    at = table.nearest(PROBE_AT)
     figure = new_figure(_WIDTH, 3.6)
     axis = axis_at(figure, (0.85, 0.6, _WIDTH - 1.1, 2.85), grid="both")
     points = [

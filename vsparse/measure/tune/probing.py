@@ -48,6 +48,10 @@ class Table:
     error: Cells
     calls: int
 
+    def nearest(self, density: float) -> int:
+        """Number of the density nearest to one, full attention aside."""
+        return min(range(len(self.densities) - 1), key=lambda j: abs(self.densities[j] - density))
+
 
 def spread_over(call: int, share: float) -> bool:
     """Whether a call is among a share of all, evenly spread, without knowing how many there will be."""

@@ -71,13 +71,12 @@ class Result:
             f"Target: {self.target}. {met.capitalize()} on {len(checked.clips)} clips that the search has not seen: "
             f"{_figure(self.target.kind, checked.value)} (calibration: {_figure(self.target.kind, found.value)}).",
             f"{self.words.capitalize()}; {checked.tuned.density:.3f} of all token pairs computed.",
-            f"{checked.verdict.capitalize()}. Both computed the same share of the pairs "
-            f"({checked.tuned.density:.4f} and {checked.uniform.density:.4f}).",
+            f"{checked.verdict.capitalize()}. Share of the pairs that they computed: {checked.tuned.density:.4f} and "
+            f"{checked.uniform.density:.4f}.",
             f"The floor, every pair computed in another order: {checked.floor.error.mean:.2g}.",
         ]
-        if checked.seconds is not None:
-            dense, tuned = checked.seconds
-            said.append(f"One generation here: dense {dense:.2f} s, tuned {tuned:.2f} s (medians of three in turn).")
+        dense, tuned = checked.seconds
+        said.append(f"One generation here: dense {dense:.2f} s, tuned {tuned:.2f} s (medians of three in turn).")
         if found.advice:
             said.append(f"The search could not reach the target: {found.advice}.")
         return said
@@ -100,8 +99,7 @@ class Result:
         }
         if self.guidance is not None:
             measured["guidance"] = self.guidance
-        if seconds is not None:
-            measured["seconds_dense"], measured["seconds_tuned"] = map(_short, seconds)
+        measured["seconds_dense"], measured["seconds_tuned"] = map(_short, seconds)
         return Profile(
             method=method,
             schedule=schedule,

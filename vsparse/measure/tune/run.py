@@ -21,7 +21,7 @@ from vsparse.measure.tune.verify import verify
 from vsparse.methods import Method, get_method
 from vsparse.profile import Size
 
-__all__ = ["LEDGER", "candidates", "embedded_clips", "prompts_in", "split", "tune", "write"]
+__all__ = ["LEDGER", "candidates", "embedded_clips", "split", "tune", "write"]
 
 LEDGER = "search.json"
 UNSEEN_SEEDS = 100
@@ -80,20 +80,6 @@ def embedded_clips(calibration: int, unseen: int) -> tuple[list[Scene], list[Sce
         return [Scene(scenes[i * len(scenes) // count].prompt, seed + i) for i in range(count)]
 
     return some(training_scenes(), calibration, 0), some(held_out(), unseen, UNSEEN_SEEDS)
-
-
-def prompts_in(path: Path) -> list[str]:
-    """Prompts of a text file, one a line.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: no prompt in it.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file of prompts: {str(path)!r}")
-    found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not found:
-        raise ValueError(f"{str(path)!r} holds no prompt; it needs one a line")
-    return found
 
 
 def split(prompts: Sequence[str], unseen: Sequence[str]) -> tuple[list[Scene], list[Scene]]:

@@ -11,11 +11,11 @@ from typing import Any, Literal
 from vsparse.measure.fidelity.spread import spread_of
 from vsparse.measure.tune.choice import Choice, UnreachableError, exact_steps, shared
 from vsparse.measure.tune.ledger import Ledger
-from vsparse.measure.tune.probing import DENSITIES, Inputs, Table, inputs_of, probed, sensitivity
+from vsparse.measure.tune.probing import Inputs, Table, inputs_of, probed, sensitivity
 from vsparse.measure.tune.trials import Scene, Trials
 from vsparse.methods import Method
 
-__all__ = ["DENSE_STEPS", "Found", "Search", "Target"]
+__all__ = ["DENSE_STEPS", "PROBE_AT", "Found", "Search", "Target"]
 
 DENSE_STEPS = (0.0, 0.1, 0.2, 0.3)
 """Shares of dense steps that are tried."""
@@ -119,13 +119,12 @@ class Search:
         target: Target,
         *,
         dense_steps: Sequence[float] = DENSE_STEPS,
-        densities: Sequence[float] = DENSITIES,
         told: Callable[[str], None] = lambda _: None,
     ) -> None:
         if not candidates or not clips or not dense_steps:
             raise ValueError("tune: there must be candidates, calibration clips and dense steps to try")
         self.trials, self.candidates, self.clips, self.target = trials, dict(candidates), list(clips), target
-        self.dense_steps, self.densities, self._told = tuple(dense_steps), tuple(densities), told
+        self.dense_steps, self._told = tuple(dense_steps), told
         self.ledger: Ledger = trials.ledger
         self._inputs: list[Inputs] = []
         self.tables: dict[str, Table] = {}
@@ -178,13 +177,15 @@ class Search:
             cells += [(layer, head) for head in range(len(heads))] if alone else [(layer, None)]
         errors = {cell: _errors(table, *cell) for cell in cells}
         # Errors of one size: large ones saturate, and of tiny ones the answer shows nothing but rounding.
-        near = [min(range(len(table.densities) - 1), key=lambda j: abs(table.densities[j] - PROBE_AT))] * len(cells)
-        level = max(median(found[j] for found, j in zip(errors.values(), near, strict=True)), 1e-12)
+        level = median(found[table.nearest(PROBE_AT)] for found in errors.values())
         found: list[list[float]] = [[0.0] * len(heads) for heads in table.error]
         for layer, head in cells:
-            mine = errors[layer, head][:-1]
-            at = min(range(len(mine)), key=lambda j: abs(math.log(max(mine[j], 1e-30) / level)))
-            weight = self._moved(name, table.densities[at], layer, head) / mine[at] if mine[at] > 0.0 else 0.0
+            mine = errors[layer, head]
+            off = [j for j, error in enumerate(mine) if error > 0.0]
+            weight = 0.0  # of a head that is never off
+            if off:
+                at = min(off, key=lambda j: abs(math.log(mine[j] / level)) if level > 0.0 else -mine[j])
+                weight = self._moved(name, table.densities[at], layer, head) / mine[at]
             for each in range(len(found[layer])) if head is None else [head]:
                 found[layer][each] = weight
         return found
@@ -194,9 +195,9 @@ class Search:
 
         def run() -> None:
             for scene in self.clips[:PROBED]:
-                self.trials.dense(scene)
+                self.trials.make(scene)  # by the probing kernel, so not kept as the dense clip
 
-        found = probed(self.trials.pipe, self.candidates, run, densities=self.densities, share=SHARE)
+        found = probed(self.trials.pipe, self.candidates, run, share=SHARE)
         return {name: dc.asdict(table) for name, table in found.items()}
 
     def _moved(self, name: str, density: float, layer: int, head: int | None) -> float:
@@ -272,7 +273,7 @@ class Search:
             asked -= 1.1 * (executed - target)
             try:
                 best = self._shared(best.name, best.dense_steps, asked)
-            except (UnreachableError, ValueError) as reason:
+            except UnreachableError as reason:
                 return best, False, executed, str(reason)
         return best, False, executed, "the maps keep more than what is asked of them; ask for less"
 

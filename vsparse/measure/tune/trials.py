@@ -10,16 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
+from vsparse.measure.fidelity.rounds import exact_floor
 from vsparse.measure.paired import Clip, clip_of, latent_errors
 from vsparse.measure.quality import compare
 from vsparse.measure.tune.choice import Choice
 from vsparse.measure.tune.ledger import Ledger
 from vsparse.methods import Method
-from vsparse.methods.vsa import VSA
 from vsparse.patch import apply
 from vsparse.schedule import Schedule
 
 __all__ = ["Outcome", "Scene", "Trials"]
+
+ROUNDS = 3  # of generations that are timed
 
 
 class Scene(NamedTuple):
@@ -35,16 +37,13 @@ class Outcome:
 
     Args:
         error: ``|x - y| / |y|`` of the latents after the last step. psnr, ssim: of the frames; None when equal.
-        density: Executed share of the pairs over the whole generation. sparse_density: of its sparse calls.
-        calls: Phase -> calls of sites.
+        density: Executed share of the pairs over the whole generation.
     """
 
     error: float
     psnr: float | None
     ssim: float
     density: float
-    sparse_density: float | None
-    calls: Mapping[str, int]
 
 
 class Trials:
@@ -67,10 +66,10 @@ class Trials:
         """
         if scene not in self._dense:
             self._told(f"dense: {scene.prompt}")
-            clip = self._clip(scene)
+            clip = self.make(scene)
             if not clip.latents:
                 raise ValueError(f"tune compares latents, and {clip.without_latents}")
-            self._dense[scene] = clip
+            self._dense[scene] = _last(clip)
         return self._dense[scene]
 
     def again(self, scene: Scene) -> None:
@@ -84,9 +83,9 @@ class Trials:
 
     def floor(self, scene: Scene) -> Outcome:
         """One clip of another exact attention: what this model makes of a different order of additions."""
-        everything = VSA(density=1.0)
+        by = exact_floor()
         return Outcome(
-            **self.ledger.get(f"floor {_scene(scene)}", lambda: self._outcome(everything, Schedule(), None, scene))
+            **self.ledger.get(f"floor {_scene(scene)}", lambda: self._outcome(by.chooses, by.schedule, None, scene))
         )
 
     def mean(self, choice: Choice, scenes: Sequence[Scene]) -> tuple[float, float]:
@@ -94,33 +93,30 @@ class Trials:
         found = [self.outcome(choice, scene) for scene in scenes]
         return sum(x.error for x in found) / len(found), sum(x.density for x in found) / len(found)
 
-    def seconds(self, choice: Choice, scene: Scene, rounds: int = 3) -> tuple[float, float]:
+    def seconds(self, choice: Choice, scene: Scene) -> tuple[float, float]:
         """Seconds of one generation, dense and of a choice, medians of some in turn, after one of each to warm up."""
-        name = f"seconds {rounds} {_name(choice, scene)}"
-        found = self.ledger.get(name, lambda: self._seconds(choice, scene, rounds))
+        found = self.ledger.get(f"seconds {_name(choice, scene)}", lambda: self._seconds(choice, scene))
         return found["dense"], found["sparse"]
 
     def _outcome(self, method: Method, schedule: Schedule, choice: Choice | None, scene: Scene) -> dict[str, Any]:
         dense = self.dense(scene)
         self._told(f"{method.key if choice is None else choice.name}: {scene.prompt}")
         with apply(self.pipe, method, schedule=schedule) as patch:
-            clip = self._clip(scene)
-            stats = patch.stats()
+            clip = _last(self.make(scene))
+            density = patch.stats()["density"]
         quality = compare(clip.frames, dense.frames).as_json()
         return {
             "error": latent_errors(clip, dense)[-1],
             "psnr": quality["psnr"],
             "ssim": quality["ssim"],
-            "density": stats["density"],
-            "sparse_density": stats["sparse_density"],
-            "calls": dict(stats["calls"]),
+            "density": density,
         }
 
-    def _seconds(self, choice: Choice, scene: Scene, rounds: int) -> dict[str, float]:
+    def _seconds(self, choice: Choice, scene: Scene) -> dict[str, float]:
         self._told(f"times of {choice.name}")
         method, schedule = choice.applied()
         taken: dict[str, list[float]] = {"dense": [], "sparse": []}
-        for _ in range(1 + rounds):
+        for _ in range(1 + ROUNDS):
             taken["dense"].append(self._timed(scene))
             with apply(self.pipe, method, schedule=schedule):
                 taken["sparse"].append(self._timed(scene))
@@ -128,11 +124,17 @@ class Trials:
 
     def _timed(self, scene: Scene) -> float:
         start = time.perf_counter()
-        self._clip(scene)  # frames and latents arrive on the CPU, so everything is done
+        self.make(scene)  # frames and latents arrive on the CPU, so everything is done
         return time.perf_counter() - start
 
-    def _clip(self, scene: Scene) -> Clip:
+    def make(self, scene: Scene) -> Clip:
+        """A clip with whatever is applied just now; it is not kept."""
         return clip_of(self.pipe, {**self.size, "prompt": scene.prompt, "seed": scene.seed})
+
+
+def _last(clip: Clip) -> Clip:
+    """With the latents of the last step only: those of all steps of a large video would fill the memory."""
+    return dc.replace(clip, latents=clip.latents[-1:])
 
 
 def _scene(scene: Scene) -> str:

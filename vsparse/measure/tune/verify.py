@@ -14,7 +14,7 @@ from vsparse.measure.tune.trials import Outcome, Scene, Trials
 
 __all__ = ["Row", "Verified", "verify"]
 
-TRIES = 12
+STEP = 1 / 64  # of the density that all heads have
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class Verified:
     Args:
         clips: They. tuned, uniform, floor: rows; uniform executes at least what tuned does, with one density for all
             layers and heads, and the same method and dense steps. floor: every pair, in another order.
-        uniform_density: That one density. seconds: dense and tuned, of one clip; None where it was not asked for.
+        uniform_density: That one density. seconds: dense and tuned, of one clip.
         met: Whether the target is met here; value: what its quantity came to.
     """
 
@@ -65,7 +65,7 @@ class Verified:
     uniform: Row
     floor: Row
     uniform_density: float
-    seconds: tuple[float, float] | None
+    seconds: tuple[float, float]
     met: bool
     value: float
 
@@ -101,16 +101,12 @@ class Verified:
         }
 
 
-def verify(trials: Trials, choice: Choice, target: Target, clips: Sequence[Scene], *, timed: bool = True) -> Verified:
-    """Run a choice, its uniform counterpart and the floor on clips.
-
-    Args:
-        timed: Also take the times of one clip, which a target of seconds needs.
-    """
+def verify(trials: Trials, choice: Choice, target: Target, clips: Sequence[Scene]) -> Verified:
+    """Run a choice, its uniform counterpart and the floor on clips; take the times of the first one."""
     tuned = _row("tuned", trials, choice, clips)
     even, density = _even(trials, choice, clips)
-    seconds = trials.seconds(choice, clips[0]) if timed or target.kind == "seconds" else None
-    value = {"density": tuned.density, "error": tuned.error.mean, "seconds": seconds[1] if seconds else math.nan}
+    seconds = trials.seconds(choice, clips[0])
+    value = {"density": tuned.density, "error": tuned.error.mean, "seconds": seconds[1]}
     return Verified(
         clips=tuple(clips),
         tuned=tuned,
@@ -131,10 +127,6 @@ def _even(trials: Trials, choice: Choice, clips: Sequence[Scene]) -> tuple[Choic
     """The least single density with which the first clip executes at least as much as the choice does."""
     wanted = trials.outcome(choice, clips[0])
     density = sum(map(sum, choice.densities)) / sum(map(len, choice.densities))
-    step = 1.0 / 64
-    for _ in range(TRIES):
-        even = uniform(choice, min(1.0, density))
-        if trials.outcome(even, clips[0]).density >= wanted.density or density >= 1.0:
-            break
-        density += step
-    return even, min(1.0, density)
+    while trials.outcome(uniform(choice, density), clips[0]).density < wanted.density and density < 1.0:
+        density = min(1.0, density + STEP)
+    return uniform(choice, density), density
