@@ -227,7 +227,7 @@ def choose(
     Raises:
         ValueError: neither of them, an unknown key or field, or a profile that says something else.
     """
-    profile = Profile.read(method) if is_profile(method) else method if isinstance(method, Profile) else None  # type: ignore[arg-type]
+    profile = Profile.read(method) if is_profile(method) else method if isinstance(method, Profile) else None
     if profile is not None:
         found, schedule = profile.method, profile.schedule if schedule is None else schedule
     elif isinstance(method, str):

@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from vsparse.descriptions import from_toml, schedule_fields, to_toml
 from vsparse.fingerprint import Fingerprint, digest
@@ -209,7 +209,7 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(_SHIPPED.glob("*.toml"))}
 
 
-def is_profile(given: object) -> bool:
+def is_profile(given: object) -> TypeGuard[str | os.PathLike[str]]:
     """Whether what stands for a method is the file of a profile."""
     return isinstance(given, os.PathLike) or (isinstance(given, str) and given.endswith(".toml"))
 

@@ -27,7 +27,7 @@ from vsparse.measure.video import check_folder, write_video
 from vsparse.methods import get_method, list_methods
 from vsparse.patch import apply
 
-__all__ = ["FLOORS", "Run", "Trial", "environment", "run_demo", "trials"]
+__all__ = ["FLOORS", "Run", "Trial", "device_words", "environment", "run_demo", "trials"]
 
 FPS = 6
 ENLARGE = 2
@@ -235,6 +235,13 @@ def environment() -> dict[str, Any]:
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "packages": packages,
     }
+
+
+def device_words(device: torch.device, where: Mapping[str, Any]) -> str:
+    """What computes, in words; ``where``: of `environment`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{where['cpu']}, {where['threads']} threads"
 
 
 def _cpu() -> str:

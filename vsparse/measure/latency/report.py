@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vsparse.host import find_roots
-from vsparse.measure.demo import environment
+from vsparse.measure.demo import device_words, environment
 from vsparse.measure.latency.figures import Latency
 from vsparse.measure.latency.layer import Layer, assumed, case_of, measure_layer, predict_layer, refusal
 from vsparse.measure.latency.page import layer_page, page
@@ -68,15 +68,13 @@ def measured(
     model: Any = find_roots(pipe)[1][0].module
     at = torch.device(pipe.device), model.dtype
     rates = kept_rates(*at) if parallel is not None else machine_rates(*at, again=again)
-    device, where = torch.device(pipe.device), environment()
-    on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else f"{where['cpu']}, {where['threads']} threads"
+    where = environment()
     return Latency(
         pipeline=type(pipe).__name__,
         method=str(method),
         schedule=str(schedule),
         asked=asked if parallel is None else {**asked, "context_parallel": str(parallel)},
-        device=name,
+        device=device_words(at[0], where),
         runs=runs,
         executed=executed,
         environment=where,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vsparse.measure.demo import environment
+from vsparse.measure.demo import device_words, environment
 from vsparse.measure.recall_report import as_json, write_text
 from vsparse.measure.shapes import held_out, training_scenes
 from vsparse.measure.tune.ledger import Ledger
@@ -127,10 +127,7 @@ def tune(
         raise ValueError(f"tune: a profile is for one size of video; give {', '.join(f'--{name}' for name in missing)}")
     model, where = model_of(pipe), environment()
     calibration, unseen = clips
-    device = torch.device(pipe.device)
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{where['cpu']}, {where['threads']} threads"
-    )
+    name = device_words(torch.device(pipe.device), where)
     settings = {
         "model": dc.asdict(model),
         "size": dict(size),
