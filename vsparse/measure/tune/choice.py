@@ -7,9 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from vsparse.cost import phases
 from vsparse.measure.tune.allocation import allocate
 from vsparse.measure.tune.probing import Table
-from vsparse.methods import Method
+from vsparse.methods import Method, Site
 from vsparse.methods.by_layer import ByLayer
 from vsparse.schedule import Schedule
 
@@ -64,12 +65,8 @@ def schedule_of(method: Method, dense_steps: float) -> Schedule:
 
 def exact_steps(method: Method, dense_steps: float, steps: int) -> int:
     """Denoising steps in which every pair is computed."""
-    schedule, filled, count = schedule_of(method, dense_steps), False, 0
-    for step in range(steps):
-        phase = method.phase(schedule, step=step, steps=steps, layer=0, filled=filled)
-        filled = filled or phase in method.state_phases
-        count += phase in method.exact_phases
-    return count
+    ran = phases(method, schedule_of(method, dense_steps), Site.alone(heads=1, head_dim=1), steps=steps)
+    return sum(phase in method.exact_phases for phase in ran)
 
 
 def shared(
