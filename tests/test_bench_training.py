@@ -51,3 +51,16 @@ def test_a_child_prints_its_peak(
     monkeypatch.setattr("sys.argv", ["bench_training.py", *given])
     script["main"]()
     assert int(capsys.readouterr().out) >= 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_holds_no_more_than_a_dense_one(
+    script: dict[str, Any], checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes of its tensors, of every method of the benchmark, gradients of new parameters among them."""
+    monkeypatch.setattr("sys.argv", ["bench_training.py", "--grid=4x16x16", "--device=cpu"])
+    given = script["arguments"]()
+    peaks = {key: script["counted"](given, key, 0.25, checkpointing=checkpointing) for key in given.methods}
+    dense = peaks.pop("dense")
+    assert len(peaks) == 5
+    assert all(peak <= dense for peak in peaks.values()), (dense, peaks)

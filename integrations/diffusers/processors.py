@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vsparse.blocks import BlockMap
 from vsparse.methods import SparseAttention
+from vsparse.methods.base import recomputed
 
 from .hosts import Host
 
@@ -60,9 +61,27 @@ def _leave(attn: nn.Module) -> None:
         site.ran = True
 
 
+_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+
+
+class _Lean:
+    """An attention module as a stock processor sees it in training: its norms keep their input and run again.
+
+    Under autocast the norm of queries or keys leaves float32 tensors of their size behind, more than a method does.
+    """
+
+    def __init__(self, attn: nn.Module) -> None:
+        self._attn = attn
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._attn, name)
+        return functools.partial(recomputed, found) if name in _NORMS and found is not None else found
+
+
 def _run(self: Any, attn: nn.Module, hidden_states: Tensor, *rest: Any) -> Any:
     _enter(attn, hidden_states)
-    out = self._stock_call(attn, hidden_states, *rest)
+    lean = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    out = self._stock_call(_Lean(attn) if lean else attn, hidden_states, *rest)
     _leave(attn)
     return out
 

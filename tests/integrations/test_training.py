@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import rows
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 import vsparse
+from vsparse.integrations.diffusers import processors
+from vsparse.integrations.diffusers.processors import _NORMS
 
 Calls = list[tuple[int | None, dict[str, Any]]]
 SAME_TOKENS = {(4, 3, 7): (4, 7, 3)}
@@ -76,6 +80,39 @@ def test_two_forwards_before_one_backward(host: str, method: str, other: str) ->
     same(gradients(model, patch, calls, checkpointing=True), wanted)
     # The other way round is another result: the test would see one call taken for the other.
     assert not all(map(torch.equal, gradients(model, patch, calls[:1], checkpointing=True).values(), wanted.values()))
+
+
+@pytest.mark.parametrize("host", [*rows.HOSTS])
+def test_norms_of_queries_and_keys_run_again_and_keep_their_inputs_alone(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = rows.build(host)
+    patch = rows.randomise(vsparse.apply(model, "vsa", **rows.METHODS["vsa"].sparse))
+    norms = [
+        x for site in patch.sites for name, x in model.get_submodule(site.site.name).named_children() if name in _NORMS
+    ]
+    ran: list[nn.Module] = []
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda module, _: ran.append(module))  # a recomputation stops inside
+    calls = [(0, rows.prompt(host, inputs, batch=2))]
+    found: dict[bool, dict[str, torch.Tensor]] = {}
+    times, sizes = {}, {}
+    for lean in (True, False):
+        monkeypatch.setattr(processors, "_NORMS", _NORMS if lean else ())
+        ran.clear()
+        kept: dict[int, int] = {}
+        with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(functools.partial(_weigh, kept), lambda x: x):
+            found[lean] = gradients(model, patch, calls, checkpointing=False)
+        times[lean], sizes[lean] = [ran.count(norm) for norm in norms], sum(kept.values())
+    same(found[True], found[False])
+    assert norms
+    assert times == {True: [2] * len(norms), False: [1] * len(norms)}
+    assert sizes[True] < sizes[False]
+
+
+def _weigh(kept: dict[int, int], x: torch.Tensor) -> torch.Tensor:
+    kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+    return x
 
 
 @pytest.mark.parametrize("method", rows.METHODS)
