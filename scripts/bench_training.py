@@ -53,7 +53,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.25])
     parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS], metavar="KEY")
-    parser.add_argument("--rounds", type=int, default=2, help="steps of each case; the median counts")
+    parser.add_argument("--rounds", type=int, default=3, help="steps of each case; the median counts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--memory-only", action="store_true", help="no times")
     parser.add_argument("--out", type=Path, default=Path("out/training"), metavar="FOLDER")

@@ -154,10 +154,11 @@ def test_it_is_applied(tmp_path: Path, form: str) -> None:
     with vsparse.apply(model, forms[form], schedule=vsparse.Schedule(dense_layers=(0,))) as patch:
         rows.forward(model, rows.prompt("wan", inputs, GRID))
         assert patch.plan.profile == forms["profile"]
-        assert str(patch.plan).startswith("profile          try: a try")
+        assert str(patch.plan).startswith("profile          try: a try (with other settings)\n")
         executed = patch.stats()["sites"]
         assert list(executed) == ["transformer.blocks.1.attn1"]
     assert torch.equal(stock, rows.forward(model, rows.prompt("wan", inputs, GRID)))
+    assert str(vsparse.plan(model, path)).startswith("profile          try: a try\n")
 
 
 def test_its_schedule_is_taken_unless_another_is_given() -> None:

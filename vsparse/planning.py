@@ -47,7 +47,7 @@ class Plan:
     profile: Profile | None = None
 
     def __str__(self) -> str:
-        rows = [] if self.profile is None else [f"profile          {self.profile}"]
+        rows = [] if self.profile is None else [f"profile          {self.profile}{self._changes()}"]
         rows += [
             f"method           {self.method}",
             f"schedule         {self.schedule}",
@@ -67,6 +67,11 @@ class Plan:
             ]
         rows += [f"skipped          {name}: {'; '.join(why)}" for name, why in self.skipped.items()]
         return "\n".join(rows)
+
+    def _changes(self) -> str:
+        assert self.profile is not None
+        same = (self.profile.method, self.profile.schedule) == (self.method, self.schedule)
+        return "" if same else " (with other settings)"
 
 
 @dc.dataclass(frozen=True, kw_only=True)

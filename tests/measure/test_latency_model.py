@@ -124,7 +124,7 @@ def test_rates_survive_being_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_random_attention_computes_what_it_says() -> None:
     options = {"heads": 2, "width": 16, "density": 0.5, "device": torch.device("cpu"), "dtype": torch.float32}
-    found, again = (rates.RandomAttention.of(4, **options) for _ in range(2))
+    found, again = (rates.RandomAttention.of(4 * 64, **options) for _ in range(2))
     assert torch.equal(found.blocks.count, torch.full_like(found.blocks.count, 2))
     assert found.flops == 4 * 16 * 2 * (4 * 2) * 64**2
     assert found.q.shape == (1, 4 * 64, 2, 16)

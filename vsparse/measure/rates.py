@@ -144,7 +144,7 @@ def measure(
     kernel = ""
     for slots in sizes.slots:
         some = RandomAttention.of(
-            slots // 64, heads=sizes.heads, width=sizes.width, density=_DENSITY, device=device, dtype=sizes.dtype
+            slots, heads=sizes.heads, width=sizes.width, density=_DENSITY, device=device, dtype=sizes.dtype
         )
         options = {"scale": sizes.width**-0.5, "skip_threshold": None}
         given = some.q, some.k, some.v, some.blocks

@@ -75,16 +75,12 @@ def times_of(
     """The times of a plan on every machine.
 
     Args:
-        target, size, steps, batch: As of `vsparse.plan`; nothing given: those of the profile.
+        made: With a size. target, size, steps, batch: As `vsparse.plan` was given them.
 
     Returns:
         The times, and why the rest of a step could not be counted, or nothing.
     """
     given = {name: value for name, value in size.items() if value is not None}
-    if not given and made.profile is not None:
-        own = made.profile.size
-        given = {"height": own.height, "width": own.width, "num_frames": own.frames}
-        steps = own.steps if steps is None else steps
     work, why = None, ""
     try:
         work = step_work(target, **given)

@@ -95,10 +95,10 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
             products.append((2.0 * size**3, seconds(lambda x=x, w=w: F.linear(x, w), 8)))  # type: ignore[misc]
         heads, width = (8, 128) if gpu else (2, 64)
         dense, sparse = [], []
-        for blocks in (64, 128, 256) if gpu else (12, 24, 48):
-            some = RandomAttention.of(blocks, heads=heads, width=width, density=_DENSITY, device=device, dtype=dtype)
+        for slots in (4096, 8192, 16384) if gpu else (768, 1536, 3072):
+            some = RandomAttention.of(slots, heads=heads, width=width, density=_DENSITY, device=device, dtype=dtype)
             call = functools.partial(default_attention, some.q, some.k, some.v)
-            dense.append((4.0 * heads * (blocks * _BLOCK) ** 2 * width, seconds(call, 2)))
+            dense.append((4.0 * heads * slots**2 * width, seconds(call, 2)))
             sparse.append((some.flops, seconds(some.run, 2)))
         block = noise(2**28 // dtype.itemsize if gpu else 2**22 // dtype.itemsize)
         copy = seconds(lambda: block.clone(), 4)
@@ -132,14 +132,15 @@ class RandomAttention:
 
     @classmethod
     def of(
-        cls, blocks: int, *, heads: int, width: int, density: float, device: torch.device, dtype: torch.dtype
+        cls, slots: int, *, heads: int, width: int, density: float, device: torch.device, dtype: torch.dtype
     ) -> RandomAttention:
         """The same one each time.
 
         Args:
-            blocks: Q and K. heads: H. width: D. density: share of the key blocks that a row keeps.
+            slots: S, of queries and of keys: whole blocks. heads: H. width: D.
+            density: share of the key blocks that a row keeps.
         """
-        draw = torch.Generator().manual_seed(0)
+        blocks, draw = slots // _BLOCK, torch.Generator().manual_seed(0)
         blocking = RasterLayout(Grid(t=1, h=blocks, w=_BLOCK), block=_BLOCK).to(device).bind()
         scores = torch.rand(1, heads, blocks, blocks, generator=draw).to(device)
         kept = kept_blocks(density, blocks)
