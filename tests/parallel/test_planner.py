@@ -325,7 +325,7 @@ def test_table_says_what_it_is() -> None:
     )  # fmt: skip
     found = choose(attention(64, 8, layers=3), machine, all_splits(16, 8, 64), memory=3000.0)
     out = io.StringIO()
-    Console(file=out, width=200).print(found.table())
+    Console(file=out, width=200).print(found.tables())
     text = out.getvalue()
     assert "predicted, not measured" in text
     for words in ("assumed: 50% of 1 TFLOP/s", "NVLink 4, data sheet, 450 GB/s", "NDR, data sheet, 400 Gb/s"):

@@ -317,7 +317,7 @@ def plan(
             choice = parallel_plan.choose_parallel(
                 made, cluster, several.gpus, batch=batch, gpu_memory=several.memory, told=status.update
             )
-        console.print(choice.table())
+        console.print(choice.tables())
         console.print(f"--context-parallel {choice.setting}", highlight=False, soft_wrap=True)
 
 

@@ -130,27 +130,30 @@ class Choice:
         shards = {how: one.ring if one.how == how else 1 for how in ("ring", "gather")}
         return ContextParallel(ulysses=one.ulysses, ring=shards["ring"], gather=shards["gather"])
 
-    def table(self) -> Any:
-        """A rich table with every way and its parts in milliseconds; its caption states what was assumed."""
-        a = self.attention
+    def tables(self) -> Any:
+        """For rich: every way, its parts in milliseconds, and what was assumed; 80 columns wide."""
+        a, rich = self.attention, require("rich.table", "cli")
         title = (
             f"{a.layers} layers of {a.heads} heads, {a.tokens:,} tokens, {self.best.ulysses * self.best.ring} x "
             f"{self.cluster.name}: predicted, not measured"
         )
-        table = require("rich.table", "cli").Table(title=title, title_justify="left", caption_justify="left")
-        head = ("", "way", "ms a layer", *PARTS, "hidden", "GiB", "of the dense ring", "s in all")
-        for column in head:
+        ways = rich.Table(title=title, title_justify="left")
+        for column in ("", "way", "ms a layer", "s in all", "GiB", "of the dense ring"):
             words = column in ("", "way")
-            table.add_column(column, justify="left" if words else "right", no_wrap=words)
+            ways.add_column(column, justify="left" if words else "right", no_wrap=words)
+        box = require("rich.box", "cli").SIMPLE_HEAD
+        shares = rich.Table(box=box, padding=(0, 1, 0, 0), title="of which, ms a layer", title_justify="left")
+        shares.add_column("way", no_wrap=True)
+        parts = [name for name in (*PARTS, "hidden") if any(getattr(one, name) for one in self.tried)]
+        for name in parts:
+            shares.add_column(name, justify="right", no_wrap=True)
         for one in self.tried:
             mark = "*" if one is self.best else "" if one.memory <= self.memory else "too large"
-            parts = [getattr(one, name) for name in ("seconds", *PARTS, "hidden")]
-            share = f"{one.union:.0%}" if one.ring > 1 else "\u2013"
-            figures = [f"{1e3 * x:.3g}" for x in parts]
-            in_all = f"{one.seconds * a.layers:.3g}"
-            table.add_row(mark, one.name, *figures, f"{one.memory / 2**30:.2f}", share, in_all)
-        table.caption = "\n".join((*self.cluster.assumptions(), *self.notes))
-        return table
+            figures = [f"{1e3 * one.seconds:.3g}", f"{one.seconds * a.layers:.3g}", f"{one.memory / 2**30:.2f}"]
+            ways.add_row(mark, one.name, *figures, f"{one.union:.0%}" if one.ring > 1 else "\u2013")
+            shares.add_row(one.name, *(f"{1e3 * getattr(one, name):.3g}" for name in parts))
+        notes = "\n".join((*self.cluster.assumptions(), *self.notes))
+        return require("rich.console", "cli").Group(ways, shares, require("rich.text", "cli").Text(notes, "dim"))
 
 
 def factorisations(processes: int, heads: int) -> list[tuple[int, int]]:
