@@ -241,10 +241,10 @@ Memory of one step above weights and optimiser. Measured: each case in a process
 hundredths. Counted: the bytes of tensors in the same step, as above.
 
 What dense attention keeps for its backward, sparse attention keeps: queries, keys, values, the result and its log-sum.
-`vsa` and `sla` keep the result of their second branch, or its sum with the first, as well. On the other side a patched
-attention runs the norms of its queries and keys again in the backward, where the stock one keeps what they leave: under
-autocast two float32 tensors of their size on a CPU, one where the norm is fused. In bfloat16 without autocast there is
-nothing to win there, and `vsa` and `sla` need their second branch more than dense attention.
+`vsa` and `sla` keep the sum with their second branch as well. On the other side a patched attention runs the norms of its
+queries and keys again in the backward, where the stock one keeps what they leave: under autocast two float32 tensors of
+their size on a CPU, one where the norm is fused. In bfloat16 without autocast a fused norm leaves nothing to win, and `vsa`
+and `sla` need that sum more than dense attention; not measured.
 
 {table(head, rows, numbers=True)}
 """

@@ -28,6 +28,7 @@ __all__ = [
     "Paper",
     "Site",
     "SparseAttention",
+    "applied",
     "check_hidden",
     "given_hidden",
     "greatest_density",
@@ -386,6 +387,17 @@ def recomputed(function: Callable[..., T], /, *inputs: Any) -> T:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+
+
+def applied(layer: nn.Linear, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A layer of a method outside of autocast: x goes in, and comes out, in the dtype of the weights.
+
+    Args:
+        dtype: That of the host's attention: weights that layerwise casting stores in float8 are used in it.
+    """
+    stored = layer.weight.dtype
+    found: Tensor = layer(x.to(dtype if stored.itemsize == 1 else stored))
+    return found
 
 
 def zero_linear(inputs: int, outputs: int) -> nn.Linear:

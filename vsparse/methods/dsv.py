@@ -15,7 +15,17 @@ from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Layout, TileLayout
 from vsparse.methods import chance
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, check_hidden, given_hidden, recomputed
+from vsparse.methods.base import (
+    Call,
+    Method,
+    Paper,
+    Site,
+    SparseAttention,
+    applied,
+    check_hidden,
+    given_hidden,
+    recomputed,
+)
 from vsparse.methods.budgets import check_density
 from vsparse.schedule import Phase
 from vsparse.state import Version
@@ -176,9 +186,7 @@ class DSVAttention(SparseAttention):
 
     def _low(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
         """Predicted queries and keys of each head, ``[B, n, H, 2 * rank]`` float32 (float64 for a float64 host)."""
-        stored = self.predictor.weight.dtype
-        # Layerwise casting stores weights in float8 and computes with them in the dtype that q comes in.
-        low = self.predictor(hidden.to(dtype if stored.itemsize == 1 else stored))
+        low = applied(self.predictor, hidden, dtype)
         low = low if low.dtype == torch.float64 else low.float()
         pairs: Tensor = low.unflatten(-1, (2, self.site.heads, self.method.rank)).transpose(2, 3)
         return pairs.flatten(3)

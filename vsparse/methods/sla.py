@@ -13,7 +13,7 @@ from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Layout, RasterLayout
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, recomputed, zero_linear
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, applied, recomputed, zero_linear
 from vsparse.methods.budgets import Density, check_densities
 from vsparse.schedule import Phase
 
@@ -101,7 +101,7 @@ class SLAAttention(SparseAttention):
     def core(
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, call: Call
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Critical blocks, exact attention in them. aux: the linear branch of the video, ``[B, video, H, D]``."""
+        """Critical blocks, exact attention in them. aux: the projected linear branch, ``[B, video, H, D]``."""
         rows, video = call.rows, call.video
         packed = [rows.pack(x.detach()) for x in (q, k, v)]
         q_mean, k_mean = (ops.block_pool(x, rows) for x in packed[:2])
@@ -117,8 +117,7 @@ class SLAAttention(SparseAttention):
 
     def combine(self, fine: Tensor, aux: tuple[Tensor, ...], hidden: Tensor | None, call: Call) -> Tensor:
         """Add the projected linear branch to the video tokens."""
-        grid = call.grid
-        branch = self.to_linear(aux[0].to(fine.dtype)).to(fine.dtype)
+        grid, branch = call.grid, aux[0]
         return fine + F.pad(branch, (0, 0, 0, 0, grid.text_before, grid.text_after)) if grid.text else fine + branch
 
     def _critical(self, scores: Tensor, call: Call) -> BlockMap:
@@ -146,19 +145,21 @@ class SLAAttention(SparseAttention):
         return BlockMap.from_mask(~out, rows, blocking)
 
     def _linear(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        """Linear attention of all tokens ``[B, N, H, D]`` in the dtype of v; 0 where the denominator is."""
+        """Projected linear attention of all tokens ``[B, N, H, D]`` in the dtype of v; 0 where the denominator is."""
         q, k = self._feature(q), self._feature(k)
         state = call.over_shards(torch.einsum("bnhd,bnhe->bhde", k, F.pad(v.to(k.dtype), (0, 1), value=1.0)))
         parts = torch.einsum("bnhd,bhde->bnhe", q, state)
         total = parts[..., -1:]
-        return torch.where(total > 0, parts[..., :-1] / torch.where(total > 0, total, 1), 0).to(v.dtype)
+        found = torch.where(total > 0, parts[..., :-1] / torch.where(total > 0, total, 1), 0)
+        return applied(self.to_linear, found, v.dtype).to(v.dtype)
 
     def _linear_beside(self, q: Tensor, k: Tensor, v: Tensor, rest: BlockMap, call: Call) -> Tensor:
-        """Linear attention over the blocks of a map, in the order of q and in the dtype of v."""
-        rows = call.rows
+        """Projected linear attention over the blocks of a map, in the order of q and in the dtype of v."""
+        rows, dtype = call.rows, v.dtype
         q, k = rows.pack(self._feature(q)), rows.pack(self._feature(k))
         k, values = call.all_slots(k), call.all_slots(rows.pack(v).to(q.dtype))
-        return rows.unpack(ops.block_linear_attention(q, k, values, rest)).to(v.dtype)
+        found = rows.unpack(ops.block_linear_attention(q, k, values, rest))
+        return applied(self.to_linear, found, dtype).to(dtype)
 
     def _feature(self, x: Tensor) -> Tensor:
         wide = x.double() if x.dtype == torch.float64 else x.float()
