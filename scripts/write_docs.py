@@ -240,11 +240,11 @@ def training_section(figures: dict[str, Any]) -> str:
 Memory of one step above weights and optimiser. Measured: each case in a process of its own, which repeats within two
 hundredths. Counted: the bytes of tensors in the same step, as above.
 
-What dense attention keeps for its backward, sparse attention keeps: queries, keys, values, the result and its log-sum.
-`vsa` and `sla` keep the sum with their second branch as well. On the other side a patched attention runs the norms of its
-queries and keys again in the backward, where the stock one keeps what they leave: under autocast two float32 tensors of
-their size on a CPU, one where the norm is fused. In bfloat16 without autocast a fused norm leaves nothing to win, and `vsa`
-and `sla` need that sum more than dense attention; not measured.
+What dense attention keeps for its backward, sparse attention keeps: queries, keys, values, the result and its
+log-sum. `vsa` and `sla` keep the sum with their second branch as well. On the other side a patched attention runs the
+norms of its queries and keys again in the backward, where the stock one keeps what they leave: under autocast two
+float32 tensors of their size on a CPU, one where the norm is fused. In bfloat16 without autocast a fused norm leaves
+nothing to win, and `vsa` and `sla` need that sum more than dense attention; not measured.
 
 {table(head, rows, numbers=True)}
 """
