@@ -110,12 +110,13 @@ def measure(
     command: str,
     sizes: Sizes | None = None,
     told: Callable[[str], None] = lambda _: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Measure and fit everything; every process of the default group must call, and gets the same.
 
     Args:
         device: Of this process. per_node: processes of a node, neighbours in rank. command: for the file.
-        sizes: What to measure; None: `sizes_for` the device. told: hears what is measured next.
+        sizes: What to measure; None: `sizes_for` the device. told: hears what is measured next. clock: in seconds.
 
     Returns:
         What the file holds.
@@ -134,7 +135,7 @@ def measure(
 
     def note(kind: str, name: str, amount: float, work: Callable[[], object]) -> None:
         told(f"{kind}: {name}, {amount:.3g} {'FLOPs' if kind == 'attention' else 'bytes'}")
-        times = timed(work, everyone, device, warmup=sizes.warmup, repeats=sizes.repeats)
+        times = timed(work, everyone, device, warmup=sizes.warmup, repeats=sizes.repeats, clock=clock)
         points[kind].append(Point(name=name, amount=amount, times=tuple(times)))
 
     for kind, group in (("inside", inside), ("between", between)):
