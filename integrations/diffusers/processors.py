@@ -1,8 +1,9 @@
-"""Processors whose stock code runs unchanged except for its one attention call.
+"""Processors whose stock code runs unchanged but for its one attention call.
 
-Stock processors project, norm and rotate; only the function they call for attention is exchanged. A new class per stock
-class holds the stock code object, bound to a copy of its module's namespace in which that function is ours. The copy is
-a real module in ``sys.modules``, because Dynamo looks globals up by module name.
+Stock processors project, norm and rotate; only the function they call for attention is exchanged, and in training norms
+run again in the backward instead of keeping what they leave. A new class per stock class holds the stock code object,
+bound to a copy of its module's namespace in which that function is ours. The copy is a real module in ``sys.modules``,
+because Dynamo looks globals up by module name.
 """
 
 from __future__ import annotations
