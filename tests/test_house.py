@@ -179,7 +179,8 @@ def test_every_dependency_is_pinned_and_has_its_reason() -> None:
     assert not unexplained, f"no row in the dependency table of CONTRIBUTING.md: {unexplained}"
 
 
-def test_generated_documents_are_current() -> None:
+def test_generated_documents_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     script = runpy.run_path(str(ROOT / "scripts" / "write_docs.py"))
     stale = [path.name for path, text in script["documents"]().items() if path.read_text() != text]
     assert not stale, f"run: .venv/bin/python scripts/write_docs.py ({stale})"

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vsparse.blocks import BlockMap
@@ -28,6 +29,7 @@ __all__ = [
     "Paper",
     "Site",
     "SparseAttention",
+    "added",
     "applied",
     "check_hidden",
     "given_hidden",
@@ -387,6 +389,12 @@ def recomputed(function: Callable[..., T], /, *inputs: Any) -> T:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+
+
+def added(fine: Tensor, branch: Tensor, call: Call) -> Tensor:
+    """``fine [B, N, H, D]`` with a branch of the video tokens alone, ``[B, video, H, D]``, added to it."""
+    grid = call.grid
+    return fine + F.pad(branch, (0, 0, 0, 0, grid.text_before, grid.text_after)) if grid.text else fine + branch
 
 
 def applied(layer: nn.Linear, x: Tensor, dtype: torch.dtype) -> Tensor:

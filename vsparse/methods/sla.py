@@ -13,7 +13,7 @@ from vsparse import ops, select
 from vsparse.blocks import BlockMap
 from vsparse.geometry import Grid, kept_blocks
 from vsparse.layouts import Layout, RasterLayout
-from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, applied, recomputed, zero_linear
+from vsparse.methods.base import Call, Method, Paper, Site, SparseAttention, added, applied, recomputed, zero_linear
 from vsparse.methods.budgets import Density, check_densities
 from vsparse.schedule import Phase
 
@@ -117,8 +117,7 @@ class SLAAttention(SparseAttention):
 
     def combine(self, fine: Tensor, aux: tuple[Tensor, ...], hidden: Tensor | None, call: Call) -> Tensor:
         """Add the projected linear branch to the video tokens."""
-        grid, branch = call.grid, aux[0]
-        return fine + F.pad(branch, (0, 0, 0, 0, grid.text_before, grid.text_after)) if grid.text else fine + branch
+        return added(fine, aux[0], call)
 
     def _critical(self, scores: Tensor, call: Call) -> BlockMap:
         rows, blocking, video = call.rows, call.blocking, call.layout.video_tiles

@@ -9,7 +9,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vsparse import ops, select
 from vsparse.geometry import Grid, kept_blocks
@@ -20,6 +19,7 @@ from vsparse.methods.base import (
     Paper,
     Site,
     SparseAttention,
+    added,
     check_hidden,
     given_hidden,
     recomputed,
@@ -111,11 +111,9 @@ class VideoSparseAttention(SparseAttention):
 
     def combine(self, fine: Tensor, aux: tuple[Tensor, ...], hidden: Tensor | None, call: Call) -> Tensor:
         """Add the gated coarse branch to the video tokens."""
-        grid = call.grid
         hidden = given_hidden(self.method.key, hidden)
         check_hidden(self.method.key, hidden, call)
-        branch = recomputed(self._branch, hidden, aux[0], call).to(fine.dtype)
-        return fine + F.pad(branch, (0, 0, 0, 0, grid.text_before, grid.text_after)) if grid.text else fine + branch
+        return added(fine, recomputed(self._branch, hidden, aux[0], call).to(fine.dtype), call)
 
     def _branch(self, hidden: Tensor, coarse: Tensor, call: Call) -> Tensor:
         """The gated coarse output of every video token, ``[B, video, H, D]``."""

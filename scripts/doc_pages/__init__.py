@@ -1,0 +1,1 @@
+"""The pages that `write_docs.py` writes."""
