@@ -1,4 +1,4 @@
-"""What training takes from a pipeline is what the pipeline uses: text, latents, every argument of the model."""
+"""What training takes from a pipeline is what the pipeline uses: text, sizes, every argument of the model."""
 
 from __future__ import annotations
 
@@ -10,36 +10,11 @@ from typing import Any
 import pytest
 import rows
 import tiny_pipelines
-import tiny_text
 import torch
-from oracle import check
 from torch import Tensor, nn
+from training_pipelines import CAPTION, FAMILIES, build, video
 
 from vsparse.host import TrainingHost, training_host
-
-CAPTION = 'two dogs run on a beach, a sign says "open"'
-FAMILIES = ("wan", "hunyuan_video", "hunyuan_video15", "cogvideox")
-UNGUIDED = {"wan": "guidance_scale", "cogvideox": "guidance_scale"}
-MEAN, STD = [0.5, -0.25, 0.0, 0.125], [2.0, 0.5, 1.25, 0.75]
-
-
-def build(family: str) -> tuple[Any, dict[str, Any]]:
-    """A pipeline that takes a caption and does not guide, and its call."""
-    pipe, call = tiny_pipelines.PIPELINES[family]()
-    if family.startswith("hunyuan"):
-        getattr(tiny_text, family)(pipe)
-        call = {key: value for key, value in call.items() if "prompt" not in key and "cfg" not in key}
-    if family == "hunyuan_video15":
-        pipe.guider.disable()
-    if family == "wan":
-        pipe.vae.register_to_config(latents_mean=MEAN, latents_std=STD)
-    if family == "hunyuan_video":
-        call |= {"height": 32, "width": 32}
-    call.pop("negative_prompt", None)
-    if family == "wan":
-        call.pop("max_sequence_length")
-    unguided = {UNGUIDED[family]: 1.0} if family in UNGUIDED else {}
-    return pipe, {**call, **unguided, "prompt": CAPTION, "generator": torch.Generator().manual_seed(0)}
 
 
 @contextlib.contextmanager
@@ -203,133 +178,6 @@ def test_text_has_one_shape(family: str) -> None:
 def test_text_refuses(captions: Any) -> None:
     with pytest.raises(ValueError, match="captions must be a list"):
         training_host(build("wan")[0]).encode_text(captions)
-
-
-# ---- video -------------------------------------------------------------------------------------------------------
-
-
-def video(family: str, *, batch: int = 1) -> Tensor:
-    """Pixels of noise."""
-    frames = 9 if family == "hunyuan_video" else 5
-    size = (batch, 3, frames, 32, 32)
-    return 2 * torch.rand(size, generator=torch.Generator().manual_seed(7)) - 1
-
-
-def to_vae(family: str, pipe: Any, latents: Tensor) -> Tensor:
-    """What each family's autoencoder decodes, of the transformer's latents."""
-    if family == "wan":
-        mean, std = (latents.new_tensor(x).view(1, -1, 1, 1, 1) for x in (MEAN, STD))
-        return latents * std + mean
-    latents = latents.permute(0, 2, 1, 3, 4) if family == "cogvideox" else latents
-    return latents / pipe.vae.config.scaling_factor
-
-
-def from_vae(family: str, pipe: Any, latents: Tensor) -> Tensor:
-    """The way back."""
-    if family == "wan":
-        mean, std = (latents.new_tensor(x).view(1, -1, 1, 1, 1) for x in (MEAN, STD))
-        return (latents - mean) / std
-    latents = latents * pipe.vae.config.scaling_factor
-    return latents.permute(0, 2, 1, 3, 4) if family == "cogvideox" else latents
-
-
-@contextlib.contextmanager
-def decoded(pipe: Any) -> Iterator[list[Tensor]]:
-    """What the autoencoder is given to decode."""
-    found: list[Tensor] = []
-    stock = pipe.vae.decode
-
-    def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found.append(latents)
-        return stock(latents, *args, **kwargs)
-
-    pipe.vae.decode = decode
-    try:
-        yield found
-    finally:
-        del pipe.vae.decode
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_decoding_is_the_pipelines(family: str) -> None:
-    """The autoencoder gets what the pipeline would give it, and its frames come back in [-1, 1]."""
-    pipe, call = build(family)
-    side = training_host(pipe)
-    latents = torch.as_tensor(pipe(**call).frames)
-    with decoded(pipe) as given, torch.no_grad():
-        call["generator"].manual_seed(0)
-        frames = pipe(**{**call, "output_type": "pt"}).frames
-        pixels = side.decode_video(latents)
-    truth = to_vae(family, pipe, latents.double())
-    check("latents", given[1], given[0], truth)
-    assert pixels.shape == (1, 3, call["num_frames"], call["height"], call["width"])
-    with torch.no_grad():
-        again = pipe.vae.double().decode(truth, return_dict=False)[0].clamp(-1, 1)
-    check("pixels", pixels, 2 * frames.transpose(1, 2) - 1, again)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_encoding_is_the_way_back(family: str) -> None:
-    """Latents of two videos: the posterior's mode, scaled as the formula says; decoding hands the mode back."""
-    pipe, _ = build(family)
-    side = training_host(pipe)
-    pixels = video(family, batch=2)
-    with torch.no_grad():
-        mode = torch.cat([pipe.vae.encode(x[None]).latent_dist.mode() for x in pixels])
-    latents = side.encode_video(pixels)
-    plain = from_vae(family, pipe, mode)
-    check("latents", latents, plain, from_vae(family, pipe, mode.double()))
-    assert latents.is_contiguous()
-    assert latents.requires_grad is False
-    with decoded(pipe) as given:
-        assert side.decode_video(latents).shape == pixels.shape
-    check("decoded", torch.cat(given), to_vae(family, pipe, plain), mode.double())
-
-
-def test_encoding_draws_from_the_posterior() -> None:
-    pipe, _ = build("wan")
-    side = training_host(pipe)
-    pixels = video("wan")
-    seeds = [torch.Generator().manual_seed(seed) for seed in (3, 3, 4)]
-    first, same, other = (side.encode_video(pixels, generator=generator) for generator in seeds)
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
-    with torch.no_grad():
-        drawn = pipe.vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(3))
-    check("latents", first, from_vae("wan", pipe, drawn), from_vae("wan", pipe, drawn.double()))
-
-
-@pytest.mark.parametrize(
-    ("pixels", "words"),
-    [
-        (torch.zeros(1, 3, 5, 32, 32, dtype=torch.uint8), "floating"),
-        (torch.zeros(1, 5, 3, 32, 32), r"\[B, 3, F, H, W\]"),
-        (torch.zeros(3, 5, 32, 32), r"\[B, 3, F, H, W\]"),
-        (torch.full((1, 3, 5, 32, 32), 1.5), r"lie in \[-1, 1\]"),
-        (torch.full((1, 3, 5, 32, 32), torch.nan), r"lie in \[-1, 1\]"),
-        (torch.zeros(1, 3, 4, 32, 32), "frames must be 1 plus a multiple of 2, got 4; nearest: 3 and 5"),
-    ],
-)
-def test_encoding_refuses(pixels: Tensor, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        training_host(build("wan")[0]).encode_video(pixels)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_blank_features_have_the_shapes_of_real_ones(family: str) -> None:
-    """Also where the encoders are not there; masks hide nothing, so that every token is computed."""
-    pipe, _ = build(family)
-    side, pixels = training_host(pipe), video(family, batch=2)
-    latents, text = side.encode_video(pixels), side.encode_text([CAPTION, "a cat"])
-    for name in ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"):
-        if getattr(pipe, name, None) is not None:
-            setattr(pipe, name, None)
-    blank, features = side.blank(*pixels.shape[2:], batch=2)
-    assert (blank.shape, blank.dtype, blank.is_contiguous()) == (latents.shape, latents.dtype, True)
-    assert {name: x.shape for name, x in features.items()} == {name: x.shape for name, x in text.items()}
-    assert all(bool(x.all()) for name, x in features.items() if "mask" in name)
-    with pytest.raises(ValueError, match="height must be"):
-        side.blank(pixels.shape[2], 1, pixels.shape[4], batch=1)
 
 
 # ---- sizes and experts -------------------------------------------------------------------------------------------
